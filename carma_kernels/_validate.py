@@ -1,0 +1,275 @@
+"""Every check of an input, in one style: the argument, what it got, what is allowed, the way out.
+
+No check reads device memory: shapes, dtypes, devices and Python numbers are all that is looked at.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from carma_kernels.spans import PairIndex, TokenSpans
+
+METRICS = ("cosine", "dot")
+NEGATIVES = ("sequence", "batch")
+REDUCTIONS = ("mean", "sum", "none")
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def hidden_states(value: Any) -> tuple[Tensor, ...]:
+    """The layers `[B, T, D]` each, checked."""
+    if isinstance(value, Tensor):
+        _plain_tensor(value, "hidden_states")
+        if value.dim() != 4:
+            way_out = (
+                "For one layer pass [hidden_states] or hidden_states[None]."
+                if value.dim() == 3
+                else "Pass a list of [B, T, D] tensors if the layers are not stacked."
+            )
+            raise ValueError(f"hidden_states must be [L, B, T, D] when stacked, got {_shape(value)}. {way_out}")
+        layers = value.unbind(0)
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        layers = tuple(value)
+    elif isinstance(value, Mapping):
+        raise TypeError(
+            "hidden_states must be a tensor [L, B, T, D] or a list of L tensors [B, T, D], got a dict. Pass the layers "
+            "in order, for example list(hidden_states.values())."
+        )
+    else:
+        raise TypeError(
+            f"hidden_states must be a tensor [L, B, T, D] or a list of L tensors [B, T, D], got {type(value).__name__}."
+        )
+    if not layers:
+        raise ValueError("hidden_states must hold at least one layer, got none.")
+    for index, layer in enumerate(layers):
+        _layer(layer, index, layers[0])
+    return layers
+
+
+def _layer(layer: Any, index: int, first: Tensor) -> None:
+    name = f"hidden_states[{index}]"
+    if not isinstance(layer, Tensor):
+        hint = " Pass output[0]: a block of many models returns a tuple." if isinstance(layer, tuple) else ""
+        raise TypeError(f"{name} must be a tensor [B, T, D], got {type(layer).__name__}.{hint}")
+    _plain_tensor(layer, name)
+    if layer.dim() != 3:
+        raise ValueError(f"{name} must be [B, T, D], got {_shape(layer)}.")
+    if layer.dtype not in FLOAT_DTYPES:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
+        raise TypeError(f"{name} must be one of {allowed}, got {layer.dtype}. Convert it with .float().")
+    if layer.shape != first.shape:
+        raise ValueError(
+            f"{name} is {_shape(layer)}, hidden_states[0] {_shape(first)}; all layers must have one shape [B, T, D]. "
+            "Pass the block outputs only, without embeddings or logits of another width."
+        )
+    if layer.dtype != first.dtype:
+        raise TypeError(
+            f"{name} is {layer.dtype}, hidden_states[0] {first.dtype}; all layers must have one dtype. "
+            "Convert them with .to(dtype) where they are captured."
+        )
+    if layer.device != first.device:
+        raise ValueError(
+            f"{name} is on {layer.device}, hidden_states[0] on {first.device}; all layers must be on one device. "
+            f"Move them with .to({str(first.device)!r}), or call the loss once for the layers of each device."
+        )
+
+
+def _plain_tensor(tensor: Tensor, name: str) -> None:
+    dtensor = sys.modules.get("torch.distributed.tensor")
+    if dtensor is not None and isinstance(tensor, dtensor.DTensor):
+        raise TypeError(
+            f"{name} is a DTensor, which the losses do not shard. Pass the local part with .to_local(), if it holds "
+            "whole tokens, or the whole tensor with .full_tensor()."
+        )
+
+
+def layer_range(layers: Any, num_layers: int, name: str = "layers") -> range:
+    """`(start, end)`, both included, as a range."""
+    if layers is None:
+        return range(num_layers)
+    if (
+        not isinstance(layers, Sequence)
+        or len(layers) != 2
+        or not all(isinstance(bound, int) and not isinstance(bound, bool) for bound in layers)
+    ):
+        raise TypeError(f"{name} must be None or (start, end), two ints, both included, got {layers!r}.")
+    start, end = layers
+    if not 0 <= start <= end < num_layers:
+        raise ValueError(
+            f"{name} is ({start}, {end}); with {num_layers} layers given, (start, end) must satisfy "
+            f"0 <= start <= end <= {num_layers - 1}. Both ends are included and count from the first layer given."
+        )
+    return range(start, end + 1)
+
+
+def option(value: Any, allowed: tuple[str, ...], name: str) -> str:
+    """One of a few words."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+    return str(value)
+
+
+def temperature(value: Any, device: torch.device) -> float | Tensor:
+    """A number > 0, or a 0-d floating tensor beside the hidden states."""
+    if isinstance(value, Tensor):
+        if value.dim() != 0 or value.dtype not in FLOAT_DTYPES:
+            raise TypeError(
+                f"temperature must be a number > 0 or a 0-d floating tensor, got {value.dtype} {_shape(value)}. "
+                "Make a learnable one with torch.nn.Parameter(torch.tensor(0.1))."
+            )
+        if value.device != device:
+            raise ValueError(
+                f"temperature is on {value.device}, hidden_states on {device}. Move it with .to({str(device)!r})."
+            )
+        return value
+    return positive_number(value, "temperature")
+
+
+def positive_number(value: Any, name: str) -> float:
+    """A number > 0."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number > 0, got {type(value).__name__}.")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a number > 0, got {value}.")
+    return float(value)
+
+
+def non_negative_number(value: Any, name: str) -> float:
+    """A number >= 0."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number >= 0, got {type(value).__name__}.")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be a number >= 0, got {value}.")
+    return float(value)
+
+
+def match_negatives(value: Any, spans_or_pairs: Any) -> float | None:
+    """None, or a number of negatives > 0."""
+    if value is None:
+        return None
+    if isinstance(spans_or_pairs, PairIndex):
+        raise ValueError(
+            f"match_negatives={value!r} is for TokenSpans, whose negatives are all tokens; a PairIndex brings the k it "
+            "has. Leave match_negatives out."
+        )
+    return positive_number(value, "match_negatives")
+
+
+def negatives(value: Any, spans_or_pairs: Any) -> str:
+    """Which tokens are negatives, for spans; a list of pairs has its own."""
+    if value == "sampled":
+        raise ValueError(
+            "negatives='sampled' needs the sample: pass spans.sample_pairs(k=5) in place of the spans and leave "
+            "negatives out."
+        )
+    option(value, NEGATIVES, "negatives")
+    if value == "batch" and isinstance(spans_or_pairs, PairIndex):
+        raise ValueError(
+            "negatives='batch' contradicts a PairIndex, whose pairs bring their own negatives. Leave negatives out, or "
+            "pass the TokenSpans."
+        )
+    return str(value)
+
+
+def weight(value: Any, name: str) -> float:
+    """A number in [0, 1]."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number in [0, 1], got {type(value).__name__}.")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be in [0, 1], got {value}.")
+    return float(value)
+
+
+def mask(value: Any, first: Tensor) -> Tensor | None:
+    """`[B, T]`, true or non-zero for valid tokens, as bool."""
+    if value is None:
+        return None
+    B, T, _ = first.shape
+    if not isinstance(value, Tensor):
+        raise TypeError(f"mask must be a tensor [B, T], non-zero for valid tokens, got {type(value).__name__}.")
+    if value.shape != (B, T):
+        raise ValueError(
+            f"mask is {_shape(value)}, hidden_states have {B} sequences of {T} tokens; it must be [{B}, {T}], like the "
+            "attention mask of the same batch."
+        )
+    if value.device != first.device:
+        raise ValueError(
+            f"mask is on {value.device}, hidden_states on {first.device}. Move it with .to({str(first.device)!r})."
+        )
+    return value if value.dtype == torch.bool else value != 0
+
+
+def pairs(value: Any, first: Tensor, num_layers: int) -> TokenSpans | PairIndex:
+    """Spans or pairs of the batch that the hidden states come from."""
+    if not isinstance(value, TokenSpans | PairIndex):
+        raise TypeError(
+            f"spans_or_pairs must be TokenSpans or PairIndex, got {type(value).__name__}. Build spans with "
+            "TokenSpans.from_encoding(batch), TokenSpans.from_word_ids(word_ids) or TokenSpans.from_lists(spans, "
+            "seq_len=T)."
+        )
+    B, T, _ = first.shape
+    if value.shape != (B, T):
+        raise ValueError(
+            f"spans_or_pairs were built for {value.shape[0]} sequences of {value.shape[1]} tokens, hidden_states have "
+            f"{B} of {T}. Build them from the same padded batch."
+        )
+    if value.device != first.device:
+        raise ValueError(
+            f"spans_or_pairs are on {value.device}, hidden_states on {first.device}. Move them with "
+            f".to({str(first.device)!r}, non_blocking=True)."
+        )
+    if isinstance(value, PairIndex) and value.negatives.dim() == 3 and value.negatives.shape[0] != num_layers:
+        raise ValueError(
+            f"spans_or_pairs hold negatives for {value.negatives.shape[0]} layers, the MI loss runs over {num_layers}. "
+            f"Sample them with num_layers={num_layers}, or once for all layers with num_layers=None."
+        )
+    return value
+
+
+def num_pairs(value: Any, local: int, reduction: str, device: torch.device) -> float | Tensor:
+    """The divisor of the mean over pairs: the given one, else the local count; never 0.
+
+    Args:
+        value: None, a number >= 0, or a 0-d tensor.
+        local: the pairs of this batch.
+        reduction: that of the call.
+        device: of the hidden states.
+    """
+    if value is None:
+        return max(local, 1)
+    if reduction == "sum":
+        raise ValueError("num_pairs divides a mean, reduction='sum' has none: drop num_pairs, or use reduction='mean'.")
+    if isinstance(value, Tensor):
+        if value.dim() != 0:
+            raise ValueError(f"num_pairs must be a number or a 0-d tensor, got {_shape(value)}.")
+        if value.device != device:
+            raise ValueError(
+                f"num_pairs is on {value.device}, hidden_states on {device}. Move it with .to({str(device)!r})."
+            )
+        return torch.where(value > 0, value, 1)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"num_pairs must be a number or a 0-d tensor, got {type(value).__name__}.")
+    if not 0 <= value < math.inf or (value == 0 and local):
+        raise ValueError(
+            f"num_pairs must be the number of pairs of the whole that this batch is a part of, got {value}; this batch "
+            f"has {local}."
+        )
+    return value or 1
+
+
+def out_dtype(value: Any) -> torch.dtype:
+    """A floating dtype; fp32 if None."""
+    if value is None:
+        return torch.float32
+    if not isinstance(value, torch.dtype) or value not in FLOAT_DTYPES:
+        raise TypeError(f"out_dtype must be None (fp32) or a floating dtype, got {value!r}.")
+    return value
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(list(tensor.shape))

@@ -1,0 +1,10 @@
+"""The torch backend: lean PyTorch with a hand-written backward, for CPUs, MPS and wherever Triton is not.
+
+One layer at a time, in fp32 (fp64 for fp64 inputs), so the workspace is bounded by a layer whatever L is; between
+forward and backward only a few numbers a token are kept.
+"""
+
+from carma_kernels.eager.carma import carma_terms
+from carma_kernels.eager.similarity import pairwise_similarity
+
+__all__ = ["carma_terms", "pairwise_similarity"]

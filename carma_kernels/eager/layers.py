@@ -1,0 +1,83 @@
+"""Reading hidden states layer by layer, and adding to some of their rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from carma_kernels._terms import ZERO_NORM
+
+
+@contextmanager
+def own_precision(device: torch.device) -> Iterator[None]:
+    """Keep an ambient autocast out: the result depends on the inputs alone."""
+    if torch.amp.is_autocast_available(device.type):
+        with torch.autocast(device.type, enabled=False):
+            yield
+    else:
+        yield
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Everything is computed in fp32, or in fp64 for fp64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def layer_views(hidden: tuple[Tensor, ...], stacked: bool) -> tuple[Tensor, ...]:
+    """The layers `[B, T, D]` each: of `hidden[0]` `[L, B, T, D]` if stacked, `hidden` itself otherwise."""
+    return hidden[0].unbind(0) if stacked else hidden
+
+
+class LayerRows:
+    """The layers of stacked or listed hidden states as rows `[B*T, D]` in the compute dtype.
+
+    A contiguous fp32 layer is a view. Any other is copied when it is read; the last two read are kept, so a walk over
+    the layers that looks one ahead copies each once.
+    """
+
+    def __init__(self, hidden: Sequence[Tensor] | Tensor) -> None:
+        """Take `[L, B, T, D]` or L times `[B, T, D]`; nothing is read yet."""
+        self._hidden = hidden
+        self._recent: dict[int, Tensor] = {}
+        self._differences: list[Tensor] = []
+
+    def __getitem__(self, layer: int) -> Tensor:
+        """The rows of one layer."""
+        if layer not in self._recent:
+            hidden = self._hidden[layer]  # [B, T, D]
+            while len(self._recent) > 1:
+                self._recent.pop(min(self._recent))
+            self._recent[layer] = hidden.to(compute_dtype(hidden.dtype)).reshape(-1, hidden.shape[-1])
+        return self._recent[layer]
+
+    def step(self, layer: int) -> Tensor:
+        """`h_{l+1} - h_l` `[N, D]`; good until the step after the next is asked for."""
+        rows, next_rows = self[layer], self[layer + 1]
+        self._differences = self._differences or [torch.empty_like(rows), torch.empty_like(rows)]
+        return torch.sub(next_rows, rows, out=self._differences[layer % 2])
+
+
+def norms(rows: Tensor) -> Tensor:
+    """`|h|` of each row: `[N, D]` to `[N]`."""
+    return torch.linalg.vector_norm(rows, dim=1)  # type: ignore[no-any-return]
+
+
+def inverse_norms(norm: Tensor) -> Tensor:
+    """`1/|h|`, and 0 for a vector of no length, which so has similarity 0 and gradient 0."""
+    return torch.where(norm > ZERO_NORM, norm.reciprocal(), 0.0)
+
+
+def inverse(temperature: Tensor | float, dtype: torch.dtype) -> Tensor | float:
+    """`1/tau` in the compute dtype."""
+    return temperature.to(dtype).reciprocal() if isinstance(temperature, Tensor) else 1.0 / temperature
+
+
+def add_rows(out: Tensor, index: Tensor, rows: Tensor) -> None:
+    """`out[index[n]] += rows[n]` in a fixed order: `out` `[N, D]`, `index` `[n]`, `rows` `[n, D]`."""
+    if out.device.type == "cpu":
+        out.index_add_(0, index, rows)
+    else:  # sorts the indices, where index_add_ on a GPU would add in whatever order the atomics come
+        out.index_put_((index,), rows, accumulate=True)

@@ -1,0 +1,120 @@
+"""The losses as modules: the same options, kept with the model."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from carma_kernels.config import CarmaConfig
+from carma_kernels.functional import CarmaOutput, HiddenStates, carma_loss, mi_loss, stability_loss
+from carma_kernels.spans import PairIndex, TokenSpans
+
+
+class MILoss(nn.Module):
+    """`mi_loss` with its options; a `temperature` that is an `nn.Parameter` is trained with the model."""
+
+    def __init__(
+        self,
+        *,
+        negatives: str = "sequence",
+        temperature: float | Tensor = 0.1,
+        metric: str = "cosine",
+        layers: tuple[int, int] | None = None,
+        match_negatives: float | None = None,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
+        """Take the options of `mi_loss`."""
+        super().__init__()
+        self.negatives = negatives
+        self.temperature = temperature
+        self.metric = metric
+        self.layers = layers
+        self.match_negatives = match_negatives
+        self.reduction = reduction
+        self.backend = backend
+
+    def forward(
+        self,
+        hidden_states: HiddenStates,
+        spans_or_pairs: TokenSpans | PairIndex,
+        num_pairs: float | Tensor | None = None,
+    ) -> Tensor:
+        """The MI loss of `[L, B, T, D]` or L times `[B, T, D]`: see `mi_loss`."""
+        return mi_loss(
+            hidden_states,
+            spans_or_pairs,
+            negatives=self.negatives,
+            temperature=self.temperature,
+            metric=self.metric,
+            layers=self.layers,
+            match_negatives=self.match_negatives,
+            reduction=self.reduction,
+            num_pairs=num_pairs,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        """The options that say what is computed."""
+        return f"negatives={self.negatives!r}, temperature={self.temperature}, metric={self.metric!r}"
+
+
+class StabilityLoss(nn.Module):
+    """`stability_loss` with its options."""
+
+    def __init__(
+        self,
+        *,
+        layers: tuple[int, int] | None = None,
+        eps: float = 1e-8,
+        reduction: str = "sum",
+        backend: str | None = None,
+    ) -> None:
+        """Take the options of `stability_loss`."""
+        super().__init__()
+        self.layers = layers
+        self.eps = eps
+        self.reduction = reduction
+        self.backend = backend
+
+    def forward(self, hidden_states: HiddenStates, mask: Tensor | None = None) -> Tensor:
+        """The stability loss of `[L, B, T, D]` or L times `[B, T, D]`: see `stability_loss`."""
+        return stability_loss(
+            hidden_states,
+            layers=self.layers,
+            mask=mask,
+            eps=self.eps,
+            reduction=self.reduction,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        """The options that say what is computed."""
+        return f"layers={self.layers}, eps={self.eps}, reduction={self.reduction!r}"
+
+
+class CarmaLoss(nn.Module):
+    """`carma_loss` with its config; a `config.temperature` that is an `nn.Parameter` is trained with the model."""
+
+    def __init__(self, config: CarmaConfig | None = None, *, backend: str | None = None) -> None:
+        """Take a config, or the paper's, and a backend."""
+        super().__init__()
+        self.config = CarmaConfig() if config is None else config
+        self.backend = backend
+        if isinstance(self.config.temperature, nn.Parameter):
+            self.temperature = self.config.temperature
+
+    def forward(
+        self,
+        hidden_states: HiddenStates,
+        spans_or_pairs: TokenSpans | PairIndex,
+        mask: Tensor | None = None,
+        num_pairs: float | Tensor | None = None,
+    ) -> CarmaOutput:
+        """Both losses of `[L, B, T, D]` or L times `[B, T, D]`: see `carma_loss`."""
+        return carma_loss(
+            hidden_states, spans_or_pairs, self.config, mask=mask, num_pairs=num_pairs, backend=self.backend
+        )
+
+    def extra_repr(self) -> str:
+        """The config."""
+        return str(self.config)

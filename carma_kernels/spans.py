@@ -1,0 +1,546 @@
+"""Which tokens form a word: packed on the host, once a batch, and copied to the device in one piece.
+
+A *word* is a half-open token range `[start, end)` of one sequence. Words of two tokens or more give pairs `(i, j)`,
+`start <= i < j < end`: `i` is the anchor, `j` the positive (DESIGN section 2). `TokenSpans` holds the words of a batch,
+`PairIndex` an explicit list of pairs with the negatives of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+NO_WORD = -1  # padding, in `key_word`; no token, in `PairIndex.negatives`
+_PAD_ANCHOR = -2  # differs from every word and from NO_WORD, so a padding slot has neither positive nor negative
+
+_INT32_MAX = 2**31 - 1
+
+
+class ContrastTable(NamedTuple):
+    """Who is compared with whom, as rectangular tables: S independent groups of A anchors against V keys.
+
+    `negatives="sequence"`: one group a sequence that has an anchor. `negatives="batch"`: one group in all.
+    A padding key repeats the group's first key and carries the word `NO_WORD`; a padding anchor repeats the group's
+    first anchor and carries a word nobody has. So every row that is read is a row of the group itself.
+    """
+
+    key_token: Tensor  # [S, V] int32, flat index b*T+t of each key, in token order
+    key_word: Tensor  # [S, V] int32, the batch-unique word of each key
+    anchor_slot: Tensor  # [S, A] int32, the anchor's position among its group's keys
+    anchor_word: Tensor  # [S, A] int32
+    covers_batch: bool  # key_token is 0, 1, .. B*T-1: the hidden states can be used as they lie
+
+
+@runtime_checkable
+class _FastEncoding(Protocol):
+    """What `TokenSpans.from_encoding` reads of one `tokenizers.Encoding`."""
+
+    word_ids: list[int | None]
+    sequence_ids: list[int | None]
+    attention_mask: list[int]
+
+
+class TokenSpans:
+    """The words of a batch of `B` sequences of `T` tokens, and everything the losses need to know about them.
+
+    Build it in the collator with `from_encoding`, `from_word_ids` or `from_lists`, then `.to(device)`. It is immutable,
+    picklable, and holds one int32 tensor: moving it is one copy. The host keeps its own copy, so that counts and
+    `to_lists()` never wait for the device.
+    """
+
+    __slots__ = ("_host", "_layout", "_packed", "num_pairs", "shape")
+
+    shape: tuple[int, int]
+    """`(B, T)`"""
+    num_pairs: int
+    """`P`: pairs `(i, j)` of tokens of one word, `i` before `j`"""
+
+    def __init__(self, host: Tensor, packed: Tensor, layout: _Layout, shape: tuple[int, int], num_pairs: int) -> None:
+        """Not for users: see `from_encoding`, `from_word_ids` and `from_lists`."""
+        self._host = host
+        self._packed = packed
+        self._layout = layout
+        self.shape = shape
+        self.num_pairs = num_pairs
+
+    @classmethod
+    def from_encoding(cls, batch: Any) -> TokenSpans:
+        """Words of a padded batch, as a fast Hugging Face tokenizer saw them.
+
+        Args:
+            batch: the `BatchEncoding` that a fast tokenizer returned for a list of texts with `padding=`. Word ids and
+                attention masks are read from its host-side encodings; its tensors, wherever they are, are not touched.
+
+        Raises:
+            TypeError: `batch` does not come from a fast tokenizer.
+            ValueError: the sequences differ in length.
+        """
+        encodings = getattr(batch, "encodings", None)
+        if not encodings or not all(isinstance(encoding, _FastEncoding) for encoding in encodings):
+            raise TypeError(
+                f"batch must be the BatchEncoding of a fast tokenizer, got {type(batch).__name__} without word ids. "
+                "Load the tokenizer with use_fast=True, or build the spans with TokenSpans.from_word_ids or "
+                "TokenSpans.from_lists."
+            )
+        lengths = {len(encoding.word_ids) for encoding in encodings}
+        if len(lengths) > 1:
+            raise ValueError(
+                f"batch holds sequences of {min(lengths)} to {max(lengths)} tokens; all must have the length of the "
+                "model's input. Tokenize with padding=True, or pad the word ids yourself and use "
+                "TokenSpans.from_word_ids."
+            )
+        # word ids start again at 0 in the second text of a pair: make them differ
+        word_ids = [
+            [
+                None if word is None else 2 * word + (sequence or 0)
+                for word, sequence in zip(encoding.word_ids, encoding.sequence_ids, strict=True)
+            ]
+            for encoding in encodings
+        ]
+        return cls.from_word_ids(word_ids, [encoding.attention_mask for encoding in encodings])
+
+    @classmethod
+    def from_word_ids(
+        cls, word_ids: Sequence[Sequence[int | None]] | np.ndarray | Tensor, attention_mask: Any = None
+    ) -> TokenSpans:
+        """Words from the word id of each token: a run of equal ids is one word.
+
+        Args:
+            word_ids: `[B, T]`, lists or an integer array or CPU tensor. `None` in a list, or any negative number: the
+                token is in no word (a special token, padding).
+            attention_mask: `[B, T]`, zero for padding, on either side; lists, array or CPU tensor. `None`: every token
+                is valid, so padded batches need it.
+
+        Raises:
+            TypeError: not integers.
+            ValueError: not rectangular, on a device, or a word on padding.
+        """
+        ids = _word_id_array(word_ids)  # [B, T] int64
+        valid = _mask_array(attention_mask, ids.shape)  # [B, T] bool
+        return cls._pack(ids, valid)
+
+    @classmethod
+    def from_lists(
+        cls, spans: Sequence[Sequence[tuple[int, int]]], *, seq_len: int, attention_mask: Any = None
+    ) -> TokenSpans:
+        """Words from explicit token ranges.
+
+        Args:
+            spans: for each of the `B` sequences its words as `(start, end)`, `0 <= start < end <= seq_len`, in any
+                order. Tokens in no word may be left out: they are negatives for others, like one-token words.
+            seq_len: `T`.
+            attention_mask: as in `from_word_ids`.
+
+        Raises:
+            TypeError: not pairs of integers.
+            ValueError: a span that is empty, out of range, on padding, or that overlaps another one.
+        """
+        if not isinstance(seq_len, int) or isinstance(seq_len, bool) or seq_len < 0:
+            raise ValueError(f"seq_len must be the number of tokens of each sequence, an int >= 0, got {seq_len!r}.")
+        if isinstance(spans, str | Mapping) or not isinstance(spans, Sequence):
+            raise TypeError(
+                f"spans must be a list with one list of (start, end) for each sequence, got {type(spans).__name__}."
+            )
+        ids = np.full((len(spans), seq_len), NO_WORD, dtype=np.int64)
+        valid = _mask_array(attention_mask, ids.shape)
+        sequence, start, end = _span_arrays(spans, seq_len)
+        length = end - start
+        word = np.repeat(np.arange(len(start)), length)
+        within = np.arange(len(word)) - np.repeat(np.cumsum(length) - length, length)
+        flat = np.repeat(sequence * seq_len + start, length) + within
+        if (taken := np.bincount(flat, minlength=ids.size) > 1).any():
+            b, t = divmod(int(taken.argmax()), seq_len)
+            raise ValueError(
+                f"spans[{b}] overlap at token {t}; a token belongs to one word at most. Merge the spans or drop one."
+            )
+        ids.reshape(-1)[flat] = word
+        return cls._pack(ids, valid)
+
+    @classmethod
+    def _pack(cls, ids: np.ndarray, valid: np.ndarray) -> TokenSpans:
+        B, T = ids.shape
+        if B * T > _INT32_MAX:
+            raise ValueError(
+                f"a batch of {B} x {T} tokens is beyond the 2^31 - 1 that a token index can hold; split it."
+            )
+        in_word = ids >= 0  # [B, T]
+        if (stray := in_word & ~valid).any():
+            b, t = divmod(int(stray.argmax()), T)
+            raise ValueError(
+                f"sequence {b} has a word on token {t}, which attention_mask marks as padding. Give padding no word "
+                "(None or -1), or pass the attention mask of these tokens."
+            )
+        starts = np.ones_like(in_word)  # [B, T] the token begins a word, or is in none
+        starts[:, 1:] = ~in_word[:, 1:] | (ids[:, 1:] != ids[:, :-1])
+        starts &= valid
+        number = np.cumsum(starts.reshape(-1), dtype=np.int32).reshape(B, T) - 1
+        word = number if valid.all() else np.where(valid, number, np.int32(NO_WORD))  # [B, T]
+        continues = np.zeros_like(in_word)  # [B, T] the next token belongs to the same word: this one is an anchor
+        continues[:, :-1] = (word[:, 1:] == word[:, :-1]) & valid[:, 1:]
+
+        first = np.flatnonzero(starts & in_word)  # [W] flat index of each word's first token
+        last = np.flatnonzero(in_word & ~continues)  # [W] and of its last
+        sequence = first // max(T, 1)
+        spans = np.stack([sequence, first - sequence * T, last + 1 - sequence * T], axis=-1)  # [W, 3]
+        length = last + 1 - first
+
+        active = np.flatnonzero(continues.any(axis=1)).astype(np.int32)  # [S] sequences that have an anchor
+        of_active = slice(None) if len(active) == B else active
+        sequence_tables = _contrast_tables(
+            word[of_active], valid[of_active], continues[of_active], active * np.int32(T)
+        )
+        in_one_row = (1, B * T)
+        batch_tables = _contrast_tables(
+            word.reshape(in_one_row), valid.reshape(in_one_row), continues.reshape(in_one_row), np.zeros(1, np.int32)
+        )
+        host, layout = _concatenate(
+            {
+                "word": word,
+                "spans": spans,
+                **{f"sequence_{name}": table for name, table in sequence_tables.items()},
+                **{f"batch_{name}": table for name, table in batch_tables.items()},
+            }
+        )
+        num_pairs = int((length * (length - 1) // 2).sum())
+        return cls(host, host, layout, (B, T), num_pairs)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the packed tensor lies."""
+        return self._packed.device
+
+    @property
+    def num_anchors(self) -> int:
+        """`A`: tokens that have a later token in their word."""
+        return self._layout["batch_anchor_slot"][1][1]
+
+    @property
+    def word(self) -> Tensor:
+        """`[B, T]` int32: a number for each word of the batch, tokens in no word having their own; -1 for padding."""
+        return self._view("word")
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """`[B, T]` bool: the token is valid."""
+        return self.word != NO_WORD
+
+    def contrast_table(self, negatives: str) -> ContrastTable:
+        """The anchors and keys of `negatives="sequence"` or `"batch"`."""
+        B, T = self.shape
+        key_token = self._view(f"{negatives}_key_token")
+        num_valid = self._layout["batch_key_token"][1][1]
+        return ContrastTable(
+            key_token,
+            self._view(f"{negatives}_key_word"),
+            self._view(f"{negatives}_anchor_slot"),
+            self._view(f"{negatives}_anchor_word"),
+            covers_batch=num_valid == B * T and key_token.numel() == B * T,
+        )
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> TokenSpans:
+        """The same spans on `device`, in one copy; `self` if they are there already."""
+        packed = self._packed.to(device, non_blocking=non_blocking)
+        if packed is self._packed:
+            return self
+        return TokenSpans(self._host, packed, self._layout, self.shape, self.num_pairs)
+
+    def pin_memory(self) -> TokenSpans:
+        """The same spans in page-locked host memory, as `DataLoader(pin_memory=True)` asks of a batch."""
+        pinned = self._host.pin_memory()
+        return TokenSpans(pinned, pinned, self._layout, self.shape, self.num_pairs)
+
+    def to_lists(self) -> list[list[tuple[int, int]]]:
+        """The words of each sequence as `(start, end)`, in order, one-token words included."""
+        lists: list[list[tuple[int, int]]] = [[] for _ in range(self.shape[0])]
+        for sequence, start, end in self._host_view("spans").tolist():
+            lists[sequence].append((start, end))
+        return lists
+
+    def sample_pairs(
+        self, k: int = 5, generator: torch.Generator | None = None, num_layers: int | None = None
+    ) -> PairIndex:
+        """Every pair with `k` negatives drawn uniformly, with repetition, from the valid tokens outside its word.
+
+        The published code's sampling, without its faults: padding is never drawn and a pair stays in its own sequence.
+
+        Args:
+            k: negatives a pair, `K`.
+            generator: on the spans' device; the same state gives the same draws.
+            num_layers: `L` for fresh draws in every layer, `negatives` `[L, P, K]`; `None` for one draw, `[P, K]`.
+
+        Returns:
+            A `PairIndex` on the spans' device. A pair whose word covers its sequence gets -1 in every slot.
+        """
+        for name, value in (("k", k), ("num_layers", 1 if num_layers is None else num_layers)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be an int >= 1, got {value!r}.")
+        if generator is not None and generator.device.type != self.device.type:
+            raise ValueError(
+                f"generator is on {generator.device}, the spans on {self.device}: sample before .to(), or make the "
+                f"generator with torch.Generator({self.device.type!r})."
+            )
+        T = self.shape[1]
+        anchor, positive, start, length = (column.to(self.device) for column in self._pair_columns())  # [P] each
+        seen = self.attention_mask.reshape(-1).cumsum(0)  # [B*T] valid tokens up to and including this one
+        seen_before = torch.nn.functional.pad(seen, (1, 0))  # [B*T+1]
+        sequence_start = anchor // T * T  # [P]
+        valid_before_sequence = seen_before[sequence_start]  # [P]
+        valid_before_word = seen_before[start] - valid_before_sequence  # [P]
+        num_negatives = seen_before[sequence_start + T] - valid_before_sequence - length  # [P]
+
+        layers = () if num_layers is None else (num_layers,)
+        drawn = torch.randint(2**53, (*layers, len(anchor), k), generator=generator, device=self.device)
+        outside = (
+            drawn % num_negatives.clamp_min(1)[:, None]
+        )  # [(L,) P, K] rank among the valid tokens outside the word
+        inside = outside >= valid_before_word[:, None]
+        rank = outside + torch.where(inside, length[:, None], 0) + valid_before_sequence[:, None]  # among all valid
+        token = torch.searchsorted(seen, rank + 1)  # the first token that is the (rank + 1)-th valid one
+        negatives = torch.where(num_negatives[:, None] > 0, token, NO_WORD)
+        return PairIndex(anchor.int(), positive.int(), negatives.int(), self.shape)
+
+    def _pair_columns(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Anchor, positive, first token of the word (all flat) and length of the word, `[P]` each, on the host."""
+        spans = self._host_view("spans").numpy().astype(np.int64)  # [W, 3]
+        length = spans[:, 2] - spans[:, 1]
+        first = spans[:, 0] * self.shape[1] + spans[:, 1]  # [W] flat
+        word = np.repeat(np.arange(len(spans)), length * (length - 1) // 2)  # [P]
+        # anchors of a word of n tokens: the i-th one has n - 1 - i positives
+        anchor_word = np.repeat(np.arange(len(spans)), length)  # [sum of lengths]
+        anchor_place = np.arange(len(anchor_word)) - np.repeat(np.cumsum(length) - length, length)
+        num_positives = np.repeat(length, length) - 1 - anchor_place
+        place = np.repeat(anchor_place, num_positives)  # [P] the anchor's place in its word
+        offset = np.arange(len(place)) - np.repeat(np.cumsum(num_positives) - num_positives, num_positives)
+        anchor = first[word] + place
+        return (
+            torch.from_numpy(anchor),
+            torch.from_numpy(anchor + 1 + offset),
+            torch.from_numpy(first[word]),
+            torch.from_numpy(length[word]),
+        )
+
+    def _view(self, name: str) -> Tensor:
+        offset, shape = self._layout[name]
+        return self._packed[offset : offset + _numel(shape)].view(shape)
+
+    def _host_view(self, name: str) -> Tensor:
+        offset, shape = self._layout[name]
+        return self._host[offset : offset + _numel(shape)].view(shape)
+
+    def __repr__(self) -> str:
+        """Shape, counts and device."""
+        B, T = self.shape
+        return f"TokenSpans(B={B}, T={T}, anchors={self.num_anchors}, pairs={self.num_pairs}, device={self.device})"
+
+
+@dataclass(frozen=True, eq=False)
+class PairIndex:
+    """Explicit pairs with the negatives of each: sampled ones, hard ones, anything.
+
+    A token is named by its flat index `b*T + t`. The negatives of a pair are exactly the tokens listed, repetition
+    included; a slot of -1 holds none, and a pair with no negative costs 0 and still counts.
+
+    Raises:
+        TypeError: not integer tensors.
+        ValueError: shapes or devices that do not belong together, or (checked for CPU tensors only, since no check
+            reads device memory) an index outside `[0, B*T)`.
+    """
+
+    anchor: Tensor
+    """`[P]` int32"""
+    positive: Tensor
+    """`[P]` int32"""
+    negatives: Tensor
+    """`[P, K]`, or `[L, P, K]` with a draw for each layer; int32"""
+    shape: tuple[int, int]
+    """`(B, T)` of the hidden states that the indices point into"""
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without reading device memory."""
+        for name in ("anchor", "positive", "negatives"):
+            tensor = getattr(self, name)
+            if not isinstance(tensor, Tensor) or tensor.dtype not in (torch.int32, torch.int64):
+                got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise TypeError(f"{name} must be an int32 or int64 tensor of flat token indices b*T+t, got {got}.")
+            object.__setattr__(self, name, tensor.int())
+        P = self.anchor.numel()
+        if self.anchor.shape != (P,) or self.positive.shape != (P,):
+            raise ValueError(
+                f"anchor and positive must both be [P], got {list(self.anchor.shape)} and {list(self.positive.shape)}."
+            )
+        if self.negatives.dim() not in (2, 3) or self.negatives.shape[-2] != P:
+            raise ValueError(
+                f"negatives must be [P, K] or [L, P, K] with P = {P} as in anchor, got {list(self.negatives.shape)}."
+            )
+        if len({self.anchor.device, self.positive.device, self.negatives.device}) > 1:
+            raise ValueError(
+                f"anchor, positive and negatives must be on one device, got {self.anchor.device}, "
+                f"{self.positive.device} and {self.negatives.device}."
+            )
+        if self.anchor.device.type == "cpu":
+            self._check_range()
+
+    def _check_range(self) -> None:
+        B, T = self.shape
+        for name, lowest in (("anchor", 0), ("positive", 0), ("negatives", NO_WORD)):
+            tensor: Tensor = getattr(self, name)
+            if tensor.numel() and not (lowest <= int(tensor.min()) and int(tensor.max()) < B * T):
+                raise ValueError(
+                    f"{name} must hold flat token indices in [{lowest}, {B * T}) for {B} x {T} tokens, got values from "
+                    f"{int(tensor.min())} to {int(tensor.max())}. The index of token t of sequence b is b * {T} + t."
+                )
+
+    @property
+    def num_pairs(self) -> int:
+        """`P`."""
+        return self.anchor.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the indices lie."""
+        return self.anchor.device
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> PairIndex:
+        """The same pairs on `device`."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> PairIndex:
+        """The same pairs in page-locked host memory."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, move: Callable[[Tensor], Tensor]) -> PairIndex:
+        return PairIndex(move(self.anchor), move(self.positive), move(self.negatives), self.shape)
+
+
+_Layout = dict[str, tuple[int, tuple[int, ...]]]
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    numel = 1
+    for size in shape:
+        numel *= size
+    return numel
+
+
+def _concatenate(tables: dict[str, np.ndarray]) -> tuple[Tensor, _Layout]:
+    layout: _Layout = {}
+    offset = 0
+    for name, table in tables.items():
+        layout[name] = (offset, table.shape)
+        offset += table.size
+    flat = [table.reshape(-1).astype(np.int32, copy=False) for table in tables.values()]
+    return torch.from_numpy(np.concatenate(flat)), layout
+
+
+def _contrast_tables(
+    word: np.ndarray, valid: np.ndarray, is_anchor: np.ndarray, first_token: np.ndarray
+) -> dict[str, np.ndarray]:
+    """The rectangular tables of `ContrastTable` for groups given as rows of tokens.
+
+    Args:
+        word, valid, is_anchor: `[S, N]`: of each token its word, and whether it is valid and an anchor.
+        first_token: `[S]` flat index of each row's first token.
+    """
+    token = first_token[:, None] + np.arange(word.shape[1], dtype=np.int32)  # [S, N]
+    slot = np.cumsum(valid, axis=1, dtype=np.int32) - 1  # [S, N] place among the row's valid tokens
+    key_token, is_key = _left_aligned(token, valid)
+    anchor_slot, is_anchor_slot = _left_aligned(slot, is_anchor)
+    return {
+        "key_token": key_token,
+        "key_word": np.where(is_key, _left_aligned(word, valid)[0], NO_WORD),
+        "anchor_slot": anchor_slot,
+        "anchor_word": np.where(is_anchor_slot, _left_aligned(word, is_anchor)[0], _PAD_ANCHOR),
+    }
+
+
+def _left_aligned(values: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The chosen values of each row `[S, N]`, from the left, then copies of the first; and which are which."""
+    if chosen.all():
+        return values, chosen
+    count = chosen.sum(axis=1)
+    filled = np.arange(count.max(initial=0)) < count[:, None]  # [S, max count]
+    first = values[np.arange(len(values)), chosen.argmax(axis=1)]
+    table = np.repeat(first[:, None], filled.shape[1], axis=1)
+    table[filled] = values[chosen]
+    return table, filled
+
+
+def _host_array(value: Any, name: str) -> np.ndarray:
+    if isinstance(value, Tensor):
+        if value.device.type != "cpu":
+            raise ValueError(
+                f"{name} is on {value.device}; spans are built on the host, in the collator, so that training never "
+                f"waits for the device. Pass {name}.cpu(), or build the spans before moving the batch."
+            )
+        return value.detach().numpy()
+    return np.asarray(value)
+
+
+def _word_id_array(word_ids: Any) -> np.ndarray:
+    if isinstance(word_ids, Tensor | np.ndarray):
+        ids = _host_array(word_ids, "word_ids")
+        if ids.ndim != 2:
+            raise ValueError(f"word_ids must be [B, T], got shape {list(ids.shape)}.")
+        if not np.issubdtype(ids.dtype, np.integer):
+            raise TypeError(f"word_ids must be integers (negative: no word), got {ids.dtype}.")
+        return ids.astype(np.int64)
+    if not isinstance(word_ids, Sequence) or not all(isinstance(row, Sequence | np.ndarray) for row in word_ids):
+        raise TypeError(
+            "word_ids must be one list of word ids for each sequence, or an integer tensor [B, T], got "
+            f"{type(word_ids).__name__}."
+        )
+    lengths = {len(row) for row in word_ids}
+    if len(lengths) > 1:
+        raise ValueError(
+            f"word_ids has rows of {min(lengths)} to {max(lengths)} tokens; all must have the length of the model's "
+            "input. Pad the rows with None where the input is padded, and pass attention_mask."
+        )
+    flat = [NO_WORD if word is None else word for word in chain.from_iterable(word_ids)]
+    ids = np.array(flat) if flat else np.zeros(0, np.int64)
+    if not np.issubdtype(ids.dtype, np.integer):
+        names = ", ".join(sorted({type(word).__name__ for word in flat if not isinstance(word, int | np.integer)}))
+        raise TypeError(f"word_ids must hold ints, or None for a token in no word, got {names or ids.dtype}.")
+    return ids.astype(np.int64, copy=False).reshape(len(word_ids), max(lengths, default=0))
+
+
+def _mask_array(attention_mask: Any, shape: tuple[int, ...]) -> np.ndarray:
+    if attention_mask is None:
+        return np.ones(shape, dtype=bool)
+    try:
+        mask = _host_array(attention_mask, "attention_mask")
+    except ValueError as error:
+        if isinstance(attention_mask, Tensor):
+            raise
+        raise ValueError("attention_mask must be rectangular, [B, T], with 0 for padding.") from error
+    if mask.shape != shape:
+        raise ValueError(
+            f"attention_mask has shape {list(mask.shape)}, the words {list(shape)}; both must be [B, T] of the same "
+            "padded batch."
+        )
+    if mask.dtype == object:
+        raise TypeError("attention_mask must hold numbers or booleans, 0 for padding.")
+    return np.asarray(mask != 0)
+
+
+def _span_arrays(spans: Sequence[Sequence[tuple[int, int]]], seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sequence, start and end of every span, `[W]` each, checked."""
+    for b, row in enumerate(spans):
+        for span in row:
+            if len(span) != 2 or not all(isinstance(x, int | np.integer) and not isinstance(x, bool) for x in span):
+                raise TypeError(f"spans[{b}] must hold (start, end) pairs of ints, got {span!r}.")
+    sequence = np.repeat(np.arange(len(spans)), [len(row) for row in spans]).astype(np.int64)
+    bounds = np.array(list(chain.from_iterable(spans)), dtype=np.int64).reshape(-1, 2)
+    start, end = bounds[:, 0], bounds[:, 1]
+    if (wrong := (start < 0) | (end > seq_len) | (start >= end)).any():
+        at = int(wrong.argmax())
+        raise ValueError(
+            f"spans[{sequence[at]}] holds ({start[at]}, {end[at]}); a word is a half-open token range with "
+            f"0 <= start < end <= seq_len = {seq_len}. Drop empty words and cut words where the text was truncated."
+        )
+    return sequence, start, end
