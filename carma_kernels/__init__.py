@@ -15,7 +15,8 @@ from carma_kernels.functional import (
     total_loss,
 )
 from carma_kernels.modules import CarmaLoss, MILoss, StabilityLoss
-from carma_kernels.spans import PairIndex, TokenSpans
+from carma_kernels.pairs import PairIndex
+from carma_kernels.spans import TokenSpans
 
 __version__ = "0.1.0"
 

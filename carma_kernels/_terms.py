@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from carma_kernels.spans import ContrastTable, PairIndex
+from carma_kernels.pairs import PairIndex
+from carma_kernels.spans import ContrastTable
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,14 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from carma_kernels.spans import PairIndex, TokenSpans
+from carma_kernels.pairs import PairIndex
+from carma_kernels.spans import TokenSpans
 
 METRICS = ("cosine", "dot")
 NEGATIVES = ("sequence", "batch")
@@ -59,6 +61,8 @@ def _layer(layer: Any, index: int, first: Tensor) -> None:
     _plain_tensor(layer, name)
     if layer.dim() != 3:
         raise ValueError(f"{name} must be [B, T, D], got {_shape(layer)}.")
+    if layer.shape[-1] == 0:
+        raise ValueError(f"{name} is {_shape(layer)}; the width D must be at least 1.")
     if layer.dtype not in FLOAT_DTYPES:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
         raise TypeError(f"{name} must be one of {allowed}, got {layer.dtype}. Convert it with .float().")
@@ -86,6 +90,9 @@ def _plain_tensor(tensor: Tensor, name: str) -> None:
             f"{name} is a DTensor, which the losses do not shard. Pass the local part with .to_local(), if it holds "
             "whole tokens, or the whole tensor with .full_tensor()."
         )
+    if tensor.layout != torch.strided or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        raise TypeError(f"{name} must be a dense tensor, got a {kind} one. Convert it, with .to_dense() or by padding.")
 
 
 def layer_range(layers: Any, num_layers: int, name: str = "layers") -> range:
@@ -130,22 +137,26 @@ def temperature(value: Any, device: torch.device) -> float | Tensor:
     return positive_number(value, "temperature")
 
 
+def _number(value: Any, name: str, allowed: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be {allowed}, got {type(value).__name__}.")
+    return float(value)
+
+
 def positive_number(value: Any, name: str) -> float:
     """A number > 0."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number > 0, got {type(value).__name__}.")
-    if not 0 < value < math.inf:
+    number = _number(value, name, "a number > 0")
+    if not 0 < number < math.inf:
         raise ValueError(f"{name} must be a number > 0, got {value}.")
-    return float(value)
+    return number
 
 
 def non_negative_number(value: Any, name: str) -> float:
     """A number >= 0."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number >= 0, got {type(value).__name__}.")
-    if not 0 <= value < math.inf:
+    number = _number(value, name, "a number >= 0")
+    if not 0 <= number < math.inf:
         raise ValueError(f"{name} must be a number >= 0, got {value}.")
-    return float(value)
+    return number
 
 
 def match_negatives(value: Any, spans_or_pairs: Any) -> float | None:
@@ -178,11 +189,10 @@ def negatives(value: Any, spans_or_pairs: Any) -> str:
 
 def weight(value: Any, name: str) -> float:
     """A number in [0, 1]."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number in [0, 1], got {type(value).__name__}.")
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} must be in [0, 1], got {value}.")
-    return float(value)
+    number = _number(value, name, "a number in [0, 1]")
+    if not 0 <= number <= 1:
+        raise ValueError(f"{name} must be a number in [0, 1], got {value}.")
+    return number
 
 
 def mask(value: Any, first: Tensor) -> Tensor | None:
@@ -252,14 +262,13 @@ def num_pairs(value: Any, local: int, reduction: str, device: torch.device) -> f
                 f"num_pairs is on {value.device}, hidden_states on {device}. Move it with .to({str(device)!r})."
             )
         return torch.where(value > 0, value, 1)
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise TypeError(f"num_pairs must be a number or a 0-d tensor, got {type(value).__name__}.")
-    if not 0 <= value < math.inf or (value == 0 and local):
+    number = _number(value, "num_pairs", "a number or a 0-d tensor")
+    if not 0 <= number < math.inf or (number == 0 and local):
         raise ValueError(
             f"num_pairs must be the number of pairs of the whole that this batch is a part of, got {value}; this batch "
             f"has {local}."
         )
-    return value or 1
+    return number or 1.0
 
 
 def out_dtype(value: Any) -> torch.dtype:

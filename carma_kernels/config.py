@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -51,3 +52,10 @@ class CarmaConfig:
         _validate.option(self.metric, _validate.METRICS, "metric")
         _validate.negatives(self.negatives, None)
         _validate.positive_number(self.eps, "eps")
+
+
+def checked(config: Any) -> CarmaConfig:
+    """The config, or a `TypeError` that says what to pass."""
+    if not isinstance(config, CarmaConfig):
+        raise TypeError(f"config must be a CarmaConfig, got {type(config).__name__}. Use CarmaConfig(mi_weight=...).")
+    return config

@@ -6,15 +6,16 @@ Letters: `L` layers, `B` batch, `T` tokens, `D` width, `A` anchors, `P` pairs, `
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from carma_kernels import _backend, _validate
+from carma_kernels import _backend, _validate, eager
 from carma_kernels._terms import MITerm, Similarity, StabilityTerm
-from carma_kernels.config import CarmaConfig
-from carma_kernels.spans import PairIndex, TokenSpans
+from carma_kernels.config import CarmaConfig, checked
+from carma_kernels.pairs import PairIndex
+from carma_kernels.spans import TokenSpans
 
 HiddenStates = Tensor | Sequence[Tensor]
 
@@ -70,7 +71,7 @@ def pairwise_similarity(
     similarity = _similarity(metric, temperature, first)
     valid = _validate.mask(mask, first)
     dtype = _validate.out_dtype(out_dtype)
-    return _backend.load(backend, first.device).pairwise_similarity(hidden, chosen, similarity, valid, dtype)
+    return _implementation(backend, first.device).pairwise_similarity(hidden, chosen, similarity, valid, dtype)
 
 
 def mi_loss(
@@ -123,7 +124,7 @@ def mi_loss(
     similarity = _similarity(metric, temperature, first)
     term = _mi_term(spans_or_pairs, first, chosen, similarity, negatives, match_negatives)
     count = _validate.num_pairs(num_pairs, spans_or_pairs.num_pairs, reduction, first.device)
-    sums, _ = _backend.load(backend, first.device).carma_terms(hidden, term, None)
+    sums, _ = _implementation(backend, first.device).carma_terms(hidden, term, None)
     if reduction == "sum":
         return sums.sum()
     means = sums / count
@@ -163,7 +164,7 @@ def stability_loss(
     hidden, first, (chosen,) = _layers(hidden_states, layers=layers)
     _validate.option(reduction, _validate.REDUCTIONS, "reduction")
     term = StabilityTerm(chosen, _validate.mask(mask, first), _validate.positive_number(eps, "eps"))
-    _, changes = _backend.load(backend, first.device).carma_terms(hidden, None, term)
+    _, changes = _implementation(backend, first.device).carma_terms(hidden, None, term)
     if reduction == "none":
         return changes
     return changes.sum() if reduction == "sum" else changes.sum() / max(1, len(changes))
@@ -194,8 +195,7 @@ def carma_loss(
     Raises:
         TypeError, ValueError: an input that does not fit; the message says which, and the way out.
     """
-    if not isinstance(config, CarmaConfig):
-        raise TypeError(f"config must be a CarmaConfig, got {type(config).__name__}. Use CarmaConfig(mi_weight=...).")
+    config = checked(config)
     hidden, first, (mi_layers, stability_layers) = _layers(
         hidden_states, mi_layers=config.mi_layers, stability_layers=config.stability_layers
     )
@@ -203,7 +203,7 @@ def carma_loss(
     mi_term = _mi_term(spans_or_pairs, first, mi_layers, similarity, config.negatives, config.match_negatives)
     stability_term = StabilityTerm(stability_layers, _validate.mask(mask, first), config.eps)
     count = _validate.num_pairs(num_pairs, spans_or_pairs.num_pairs, "mean", first.device)
-    sums, changes = _backend.load(backend, first.device).carma_terms(hidden, mi_term, stability_term)
+    sums, changes = _implementation(backend, first.device).carma_terms(hidden, mi_term, stability_term)
     mi_per_layer = sums / count
     mi = mi_per_layer.mean()
     stability = changes.sum()
@@ -220,10 +220,13 @@ def total_loss(task_loss: Tensor, carma_loss: Tensor, weight: float) -> Tensor:
         weight: lambda, in [0, 1]; the paper's is 0.3.
 
     Raises:
-        TypeError, ValueError: a `CarmaOutput` instead of its loss, or a weight out of range.
+        TypeError, ValueError: an output instead of its loss, a loss that is not 0-d, or a weight out of range.
     """
-    if not isinstance(carma_loss, Tensor):
-        raise TypeError(f"carma_loss must be a tensor, got {type(carma_loss).__name__}. Pass the output's .loss.")
+    for name, loss in (("task_loss", task_loss), ("carma_loss", carma_loss)):
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"{name} must be a 0-d tensor, got {type(loss).__name__}. Pass the output's .loss.")
+        if loss.dim() != 0:
+            raise ValueError(f"{name} must be a 0-d tensor, got {list(loss.shape)}. Reduce it first, with .mean() say.")
     share = _validate.weight(weight, "weight")
     return (1 - share) * task_loss + share * carma_loss
 
@@ -240,6 +243,23 @@ def _layers(hidden_states: Any, **ranges: tuple[int, int] | None) -> tuple[Hidde
     start = min(layers.start for layers in chosen)
     stop = max(layers.stop for layers in chosen)
     return layers[start:stop], layers[0], tuple(range(r.start - start, r.stop - start) for r in chosen)
+
+
+class _Backend(Protocol):
+    """What each backend's module offers, as `eager` documents it."""
+
+    def carma_terms(
+        self, hidden: HiddenStates, mi: MITerm | None, stability: StabilityTerm | None
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def pairwise_similarity(
+        self, hidden: HiddenStates, layers: range, similarity: Similarity, mask: Tensor | None, out_dtype: torch.dtype
+    ) -> Tensor: ...
+
+
+def _implementation(backend: str | None, device: torch.device) -> _Backend:
+    modules: dict[str, _Backend] = {"torch": eager}
+    return modules[_backend.choose(backend, device)[0]]
 
 
 def _similarity(metric: str, temperature: float | Tensor, first: Tensor) -> Similarity:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor, nn
 
-from carma_kernels.config import CarmaConfig
+from carma_kernels.config import CarmaConfig, checked
 from carma_kernels.functional import CarmaOutput, HiddenStates, carma_loss, mi_loss, stability_loss
-from carma_kernels.spans import PairIndex, TokenSpans
+from carma_kernels.pairs import PairIndex
+from carma_kernels.spans import TokenSpans
 
 
 class MILoss(nn.Module):
     """`mi_loss` with its options; a `temperature` that is an `nn.Parameter` is trained with the model."""
+
+    temperature: float | Tensor
 
     def __init__(
         self,
@@ -26,7 +31,7 @@ class MILoss(nn.Module):
         """Take the options of `mi_loss`."""
         super().__init__()
         self.negatives = negatives
-        self.temperature = temperature
+        _keep_temperature(self, temperature)
         self.metric = metric
         self.layers = layers
         self.match_negatives = match_negatives
@@ -55,7 +60,7 @@ class MILoss(nn.Module):
 
     def extra_repr(self) -> str:
         """The options that say what is computed."""
-        return f"negatives={self.negatives!r}, temperature={self.temperature}, metric={self.metric!r}"
+        return f"negatives={self.negatives!r}, temperature={_short(self.temperature)}, metric={self.metric!r}"
 
 
 class StabilityLoss(nn.Module):
@@ -95,13 +100,21 @@ class StabilityLoss(nn.Module):
 class CarmaLoss(nn.Module):
     """`carma_loss` with its config; a `config.temperature` that is an `nn.Parameter` is trained with the model."""
 
+    temperature: float | Tensor
+
     def __init__(self, config: CarmaConfig | None = None, *, backend: str | None = None) -> None:
         """Take a config, or the paper's, and a backend."""
         super().__init__()
-        self.config = CarmaConfig() if config is None else config
+        config = checked(CarmaConfig() if config is None else config)
+        # held once, as the module's: loading a state or moving the module may put another tensor in its place
+        _keep_temperature(self, config.temperature)
+        self._config = replace(config, temperature=CarmaConfig.temperature)
         self.backend = backend
-        if isinstance(self.config.temperature, nn.Parameter):
-            self.temperature = self.config.temperature
+
+    @property
+    def config(self) -> CarmaConfig:
+        """The options, with the temperature as the module holds it now."""
+        return replace(self._config, temperature=self.temperature)
 
     def forward(
         self,
@@ -117,4 +130,17 @@ class CarmaLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """The config."""
-        return str(self.config)
+        fields_and_values = (f"{name}={_short(value)}" for name, value in vars(self.config).items())
+        return ", ".join(fields_and_values)
+
+
+def _keep_temperature(module: MILoss | CarmaLoss, temperature: float | Tensor) -> None:
+    """A tensor moves with the module and is saved with it; a parameter is trained besides."""
+    if isinstance(temperature, Tensor) and not isinstance(temperature, nn.Parameter):
+        module.register_buffer("temperature", temperature)
+    else:
+        module.temperature = temperature
+
+
+def _short(value: object) -> str:
+    return f"{type(value).__name__} on {value.device}" if isinstance(value, Tensor) else repr(value)

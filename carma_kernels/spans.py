@@ -1,14 +1,13 @@
 """Which tokens form a word: packed on the host, once a batch, and copied to the device in one piece.
 
 A *word* is a half-open token range `[start, end)` of one sequence. Words of two tokens or more give pairs `(i, j)`,
-`start <= i < j < end`: `i` is the anchor, `j` the positive (DESIGN section 2). `TokenSpans` holds the words of a batch,
-`PairIndex` an explicit list of pairs with the negatives of each.
+`start <= i < j < end`: `i` is the anchor, `j` the positive.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -16,10 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-NO_WORD = -1  # padding, in `key_word`; no token, in `PairIndex.negatives`
+from carma_kernels.pairs import NO_TOKEN, PairIndex
+
+NO_WORD = -1
 _PAD_ANCHOR = -2  # differs from every word and from NO_WORD, so a padding slot has neither positive nor negative
 
 _INT32_MAX = 2**31 - 1
+
+_Layout = dict[str, tuple[int, tuple[int, ...]]]  # where in the packed tensor each table lies, and its shape
 
 
 class ContrastTable(NamedTuple):
@@ -46,6 +49,7 @@ class _FastEncoding(Protocol):
     attention_mask: list[int]
 
 
+@dataclass(frozen=True, eq=False, repr=False)
 class TokenSpans:
     """The words of a batch of `B` sequences of `T` tokens, and everything the losses need to know about them.
 
@@ -54,20 +58,13 @@ class TokenSpans:
     `to_lists()` never wait for the device.
     """
 
-    __slots__ = ("_host", "_layout", "_packed", "num_pairs", "shape")
-
     shape: tuple[int, int]
     """`(B, T)`"""
     num_pairs: int
     """`P`: pairs `(i, j)` of tokens of one word, `i` before `j`"""
-
-    def __init__(self, host: Tensor, packed: Tensor, layout: _Layout, shape: tuple[int, int], num_pairs: int) -> None:
-        """Not for users: see `from_encoding`, `from_word_ids` and `from_lists`."""
-        self._host = host
-        self._packed = packed
-        self._layout = layout
-        self.shape = shape
-        self.num_pairs = num_pairs
+    _host: Tensor
+    _packed: Tensor
+    _layout: _Layout
 
     @classmethod
     def from_encoding(cls, batch: Any) -> TokenSpans:
@@ -208,7 +205,7 @@ class TokenSpans:
             }
         )
         num_pairs = int((length * (length - 1) // 2).sum())
-        return cls(host, host, layout, (B, T), num_pairs)
+        return cls((B, T), num_pairs, host, host, layout)
 
     @property
     def device(self) -> torch.device:
@@ -232,6 +229,8 @@ class TokenSpans:
 
     def contrast_table(self, negatives: str) -> ContrastTable:
         """The anchors and keys of `negatives="sequence"` or `"batch"`."""
+        if negatives not in ("sequence", "batch"):
+            raise ValueError(f"negatives must be 'sequence' or 'batch', got {negatives!r}.")
         B, T = self.shape
         key_token = self._view(f"{negatives}_key_token")
         num_valid = self._layout["batch_key_token"][1][1]
@@ -248,12 +247,12 @@ class TokenSpans:
         packed = self._packed.to(device, non_blocking=non_blocking)
         if packed is self._packed:
             return self
-        return TokenSpans(self._host, packed, self._layout, self.shape, self.num_pairs)
+        return replace(self, _packed=packed)
 
     def pin_memory(self) -> TokenSpans:
         """The same spans in page-locked host memory, as `DataLoader(pin_memory=True)` asks of a batch."""
         pinned = self._host.pin_memory()
-        return TokenSpans(pinned, pinned, self._layout, self.shape, self.num_pairs)
+        return replace(self, _host=pinned, _packed=pinned)
 
     def to_lists(self) -> list[list[tuple[int, int]]]:
         """The words of each sequence as `(start, end)`, in order, one-token words included."""
@@ -280,6 +279,11 @@ class TokenSpans:
         for name, value in (("k", k), ("num_layers", 1 if num_layers is None else num_layers)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an int >= 1, got {value!r}.")
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(
+                f"generator must be a torch.Generator, got {generator!r}. From a seed: "
+                "torch.Generator().manual_seed(seed)."
+            )
         if generator is not None and generator.device.type != self.device.type:
             raise ValueError(
                 f"generator is on {generator.device}, the spans on {self.device}: sample before .to(), or make the "
@@ -302,7 +306,7 @@ class TokenSpans:
         inside = outside >= valid_before_word[:, None]
         rank = outside + torch.where(inside, length[:, None], 0) + valid_before_sequence[:, None]  # among all valid
         token = torch.searchsorted(seen, rank + 1)  # the first token that is the (rank + 1)-th valid one
-        negatives = torch.where(num_negatives[:, None] > 0, token, NO_WORD)
+        negatives = torch.where(num_negatives[:, None] > 0, token, NO_TOKEN)
         return PairIndex(anchor.int(), positive.int(), negatives.int(), self.shape)
 
     def _pair_columns(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -337,88 +341,6 @@ class TokenSpans:
         """Shape, counts and device."""
         B, T = self.shape
         return f"TokenSpans(B={B}, T={T}, anchors={self.num_anchors}, pairs={self.num_pairs}, device={self.device})"
-
-
-@dataclass(frozen=True, eq=False)
-class PairIndex:
-    """Explicit pairs with the negatives of each: sampled ones, hard ones, anything.
-
-    A token is named by its flat index `b*T + t`. The negatives of a pair are exactly the tokens listed, repetition
-    included; a slot of -1 holds none, and a pair with no negative costs 0 and still counts.
-
-    Raises:
-        TypeError: not integer tensors.
-        ValueError: shapes or devices that do not belong together, or (checked for CPU tensors only, since no check
-            reads device memory) an index outside `[0, B*T)`.
-    """
-
-    anchor: Tensor
-    """`[P]` int32"""
-    positive: Tensor
-    """`[P]` int32"""
-    negatives: Tensor
-    """`[P, K]`, or `[L, P, K]` with a draw for each layer; int32"""
-    shape: tuple[int, int]
-    """`(B, T)` of the hidden states that the indices point into"""
-
-    def __post_init__(self) -> None:
-        """Check what can be checked without reading device memory."""
-        for name in ("anchor", "positive", "negatives"):
-            tensor = getattr(self, name)
-            if not isinstance(tensor, Tensor) or tensor.dtype not in (torch.int32, torch.int64):
-                got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-                raise TypeError(f"{name} must be an int32 or int64 tensor of flat token indices b*T+t, got {got}.")
-            object.__setattr__(self, name, tensor.int())
-        P = self.anchor.numel()
-        if self.anchor.shape != (P,) or self.positive.shape != (P,):
-            raise ValueError(
-                f"anchor and positive must both be [P], got {list(self.anchor.shape)} and {list(self.positive.shape)}."
-            )
-        if self.negatives.dim() not in (2, 3) or self.negatives.shape[-2] != P:
-            raise ValueError(
-                f"negatives must be [P, K] or [L, P, K] with P = {P} as in anchor, got {list(self.negatives.shape)}."
-            )
-        if len({self.anchor.device, self.positive.device, self.negatives.device}) > 1:
-            raise ValueError(
-                f"anchor, positive and negatives must be on one device, got {self.anchor.device}, "
-                f"{self.positive.device} and {self.negatives.device}."
-            )
-        if self.anchor.device.type == "cpu":
-            self._check_range()
-
-    def _check_range(self) -> None:
-        B, T = self.shape
-        for name, lowest in (("anchor", 0), ("positive", 0), ("negatives", NO_WORD)):
-            tensor: Tensor = getattr(self, name)
-            if tensor.numel() and not (lowest <= int(tensor.min()) and int(tensor.max()) < B * T):
-                raise ValueError(
-                    f"{name} must hold flat token indices in [{lowest}, {B * T}) for {B} x {T} tokens, got values from "
-                    f"{int(tensor.min())} to {int(tensor.max())}. The index of token t of sequence b is b * {T} + t."
-                )
-
-    @property
-    def num_pairs(self) -> int:
-        """`P`."""
-        return self.anchor.shape[0]
-
-    @property
-    def device(self) -> torch.device:
-        """Where the indices lie."""
-        return self.anchor.device
-
-    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> PairIndex:
-        """The same pairs on `device`."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> PairIndex:
-        """The same pairs in page-locked host memory."""
-        return self._map(Tensor.pin_memory)
-
-    def _map(self, move: Callable[[Tensor], Tensor]) -> PairIndex:
-        return PairIndex(move(self.anchor), move(self.positive), move(self.negatives), self.shape)
-
-
-_Layout = dict[str, tuple[int, tuple[int, ...]]]
 
 
 def _numel(shape: tuple[int, ...]) -> int:
@@ -478,17 +400,20 @@ def _host_array(value: Any, name: str) -> np.ndarray:
                 f"{name} is on {value.device}; spans are built on the host, in the collator, so that training never "
                 f"waits for the device. Pass {name}.cpu(), or build the spans before moving the batch."
             )
-        return value.detach().numpy()
+        return (value != 0 if value.is_floating_point() else value).numpy()
     return np.asarray(value)
 
 
 def _word_id_array(word_ids: Any) -> np.ndarray:
     if isinstance(word_ids, Tensor | np.ndarray):
+        dtype = word_ids.dtype
         ids = _host_array(word_ids, "word_ids")
         if ids.ndim != 2:
-            raise ValueError(f"word_ids must be [B, T], got shape {list(ids.shape)}.")
+            raise ValueError(f"word_ids must be [B, T], got shape {list(ids.shape)}. One row a sequence.")
         if not np.issubdtype(ids.dtype, np.integer):
-            raise TypeError(f"word_ids must be integers (negative: no word), got {ids.dtype}.")
+            raise TypeError(
+                f"word_ids must be integers (negative: no word), got {dtype}. Convert them to torch.int64 or np.int64."
+            )
         return ids.astype(np.int64)
     if not isinstance(word_ids, Sequence) or not all(isinstance(row, Sequence | np.ndarray) for row in word_ids):
         raise TypeError(
@@ -531,9 +456,14 @@ def _mask_array(attention_mask: Any, shape: tuple[int, ...]) -> np.ndarray:
 def _span_arrays(spans: Sequence[Sequence[tuple[int, int]]], seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Sequence, start and end of every span, `[W]` each, checked."""
     for b, row in enumerate(spans):
+        if not _is_list(row):
+            raise TypeError(f"spans[{b}] must be the list of one sequence's (start, end) words, got {row!r}.")
         for span in row:
-            if len(span) != 2 or not all(isinstance(x, int | np.integer) and not isinstance(x, bool) for x in span):
-                raise TypeError(f"spans[{b}] must hold (start, end) pairs of ints, got {span!r}.")
+            if not _is_list(span) or len(span) != 2 or not all(map(_is_index, span)):
+                raise TypeError(
+                    f"spans[{b}] must hold (start, end) pairs of ints, got {span!r}. spans is a list with one list of "
+                    "words for each sequence; for a single sequence pass [words]."
+                )
     sequence = np.repeat(np.arange(len(spans)), [len(row) for row in spans]).astype(np.int64)
     bounds = np.array(list(chain.from_iterable(spans)), dtype=np.int64).reshape(-1, 2)
     start, end = bounds[:, 0], bounds[:, 1]
@@ -544,3 +474,11 @@ def _span_arrays(spans: Sequence[Sequence[tuple[int, int]]], seq_len: int) -> tu
             f"0 <= start < end <= seq_len = {seq_len}. Drop empty words and cut words where the text was truncated."
         )
     return sequence, start, end
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence | np.ndarray) and not isinstance(value, str)
+
+
+def _is_index(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)

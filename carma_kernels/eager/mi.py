@@ -22,7 +22,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from carma_kernels._terms import Similarity
 from carma_kernels.eager.layers import add_rows, inverse_norms
 from carma_kernels.spans import NO_WORD, ContrastTable
 
@@ -46,35 +45,36 @@ class _Tile(NamedTuple):
 class ContrastiveMI:
     """The MI term of one layer after the other, for one contrast table."""
 
-    def __init__(self, table: ContrastTable, similarity: Similarity, match_negatives: float | None) -> None:
+    def __init__(self, table: ContrastTable, cosine: bool, match_negatives: float | None) -> None:
         """Take a table; the masks are made when they are first needed."""
         """Take a table; the masks are made when they are first needed."""
         self._table = table
-        self._cosine = similarity.cosine
+        self._cosine = cosine
         self._match_negatives = match_negatives
         self._whole: list[_Tile] = []
 
     def forward(
-        self, rows: Tensor, norm: Tensor, inverse_temperature: Tensor | float, _place: int
-    ) -> tuple[Tensor, AnchorState]:
+        self, rows: Tensor, norm: Tensor, inverse_temperature: Tensor | float, _place: int, state: AnchorState
+    ) -> Tensor:
         """Sum of the pairs' losses over one layer, whichever of them it is.
 
         Args:
             rows: `[N, D]`, the layer; only rows of groups that have an anchor are read.
             norm: `[N]`.
             inverse_temperature: a number, or 0-d.
+            state: overwritten with what `backward` needs.
         """
         keys, key_scale = self._keys(rows, norm)
         loss = rows.new_zeros(())
-        states = []
         for tile in self._tiles(rows):
             anchors, anchor_scale = self._anchors(tile, rows, norm)
             score = self._scores(anchors, keys, anchor_scale, key_scale, inverse_temperature)  # [S, a, V]
             z = torch.where(tile.is_negative, score, -math.inf).logsumexp(-1)  # [S, a]
             gap = torch.where(tile.is_positive, self._matched(z, tile)[:, :, None] - score, -math.inf)  # [S, a, V]
             loss += torch.logaddexp(gap, gap.new_zeros(())).sum()
-            states.append(AnchorState(z, gap.sigmoid_().sum(-1)))
-        return loss, AnchorState(*(torch.cat(parts, dim=1) for parts in zip(*states, strict=True)))
+            state.log_negatives[:, tile.anchors] = z
+            state.pull[:, tile.anchors] = gap.sigmoid_().sum(-1)
+        return loss
 
     def backward(
         self,
@@ -82,7 +82,7 @@ class ContrastiveMI:
         norm: Tensor,
         inverse_temperature: Tensor | float,
         _place: int,
-        state: tuple[Tensor, ...],
+        state: AnchorState,
         grad: Tensor,
         out: Tensor,
     ) -> Tensor:
@@ -91,7 +91,6 @@ class ContrastiveMI:
         Args:
             grad: 0-d, the gradient of the loss with respect to `forward`'s sum.
         """
-        log_negatives, pull = state
         keys, key_scale = self._keys(rows, norm)  # [S, V, D], [S, 1, V]
         S, V, D = keys.shape
         in_place = self._table.covers_batch
@@ -101,9 +100,9 @@ class ContrastiveMI:
         for tile in self._tiles(rows):
             anchors, anchor_scale = self._anchors(tile, rows, norm)
             score = self._scores(anchors, keys, anchor_scale, key_scale, inverse_temperature)
-            z = log_negatives[:, tile.anchors]  # [S, a]
+            z = state.log_negatives[:, tile.anchors]  # [S, a]
             # exp(s - z) * pull in one exponential; an anchor without negatives or positives pulls on nothing
-            shift = torch.where(z > -math.inf, z - pull[:, tile.anchors].log(), math.inf)
+            shift = torch.where(z > -math.inf, z - state.pull[:, tile.anchors].log(), math.inf)
             weight = torch.exp(score - shift[:, :, None]).masked_fill_(~tile.is_negative, 0.0)  # [S, a, V]
             weight -= torch.where(tile.is_positive, self._matched(z, tile)[:, :, None] - score, -math.inf).sigmoid_()
             weight *= grad

@@ -13,9 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from carma_kernels._terms import Similarity
 from carma_kernels.eager.layers import add_rows, inverse_norms
-from carma_kernels.spans import PairIndex
+from carma_kernels.eager.mi import AnchorState
 
 
 class _Gathered(NamedTuple):
@@ -33,14 +32,16 @@ class _Gathered(NamedTuple):
 class ListedMI:
     """The MI term of one layer after the other, for a list of pairs."""
 
-    def __init__(self, pairs: PairIndex, similarity: Similarity) -> None:
-        """Take the pairs."""
-        self._pairs = pairs
-        self._cosine = similarity.cosine
+    def __init__(self, anchor: Tensor, positive: Tensor, negatives: Tensor, cosine: bool) -> None:
+        """Take the tensors of a `PairIndex`."""
+        self._anchor = anchor
+        self._positive = positive
+        self._negatives = negatives
+        self._cosine = cosine
 
     def forward(
-        self, rows: Tensor, norm: Tensor, inverse_temperature: Tensor | float, place: int
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        self, rows: Tensor, norm: Tensor, inverse_temperature: Tensor | float, place: int, _state: AnchorState
+    ) -> Tensor:
         """Sum of the pairs' losses over one layer.
 
         Args:
@@ -53,7 +54,7 @@ class ListedMI:
         for gathered in self._gather(rows, norm, place):
             gap = self._gap(self._scores(gathered, inverse_temperature), gathered.is_token)[0]
             loss += torch.logaddexp(gap, gap.new_zeros(())).sum()
-        return loss, ()
+        return loss
 
     def backward(
         self,
@@ -61,7 +62,7 @@ class ListedMI:
         norm: Tensor,
         inverse_temperature: Tensor | float,
         place: int,
-        _state: tuple[Tensor, ...],
+        _state: AnchorState,
         grad: Tensor,
         out: Tensor,
     ) -> Tensor:
@@ -89,7 +90,7 @@ class ListedMI:
         return total
 
     def _gather(self, rows: Tensor, norm: Tensor, place: int) -> Iterator[_Gathered]:
-        negatives = self._pairs.negatives
+        negatives = self._negatives
         if negatives.dim() == 3:
             negatives = negatives[place]
         scale = inverse_norms(norm)
@@ -97,8 +98,8 @@ class ListedMI:
         step = max(1, rows.shape[0] // (2 + K))
         for start in range(0, P, step):
             some = slice(start, start + step)
-            anchor_token = self._pairs.anchor[some]
-            token = torch.cat([self._pairs.positive[some, None], negatives[some]], dim=1)  # [p, 1+K]
+            anchor_token = self._anchor[some]
+            token = torch.cat([self._positive[some, None], negatives[some]], dim=1)  # [p, 1+K]
             is_token = token >= 0
             other_token = torch.where(is_token, token, anchor_token[:, None]).view(-1)
             yield _Gathered(

@@ -8,21 +8,22 @@ with `G` the upstream gradient (the dot product has r = 1 and no second term).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from carma_kernels._terms import Similarity
 from carma_kernels.eager.layers import (
     LayerRows,
     compute_dtype,
+    empty_gradients,
     inverse,
     inverse_norms,
     layer_views,
     norms,
     own_precision,
+    receiving_layers,
 )
 
 
@@ -34,77 +35,142 @@ def pairwise_similarity(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """`[len(layers), B, T, T]` in `out_dtype`: see `carma_kernels.pairwise_similarity`."""
-    tensors = (hidden,) if isinstance(hidden, Tensor) else tuple(hidden)
-    stacked = isinstance(hidden, Tensor)
-    matrix: Tensor = _PairwiseSimilarity.apply(
-        (layers, stacked, similarity.cosine, mask, out_dtype), similarity.temperature, *tensors
+    problem = _Problem(
+        hidden=[hidden] if isinstance(hidden, Tensor) else list(hidden),
+        mask=mask,
+        temperature=similarity.temperature if isinstance(similarity.temperature, Tensor) else None,
+        temperature_value=1.0 if isinstance(similarity.temperature, Tensor) else similarity.temperature,
+        cosine=similarity.cosine,
+        range=[layers.start, layers.stop],
+        out_dtype=out_dtype,
     )
+    matrix: Tensor = _forward(*problem)
     return matrix
 
 
-class _PairwiseSimilarity(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        options: tuple[range, bool, bool, Tensor | None, torch.dtype],
-        temperature: Tensor | float,
-        *hidden: Tensor,
-    ) -> Tensor:
-        chosen, stacked, cosine, mask, out_dtype = options
-        layers = layer_views(hidden, stacked)
-        B, T, _ = layers[0].shape
-        out = torch.empty(len(chosen), B, T, T, dtype=out_dtype, device=layers[0].device)
-        with own_precision(out.device):
-            rows = LayerRows(layers)
-            scale = inverse(temperature, compute_dtype(layers[0].dtype))
-            for place, layer in enumerate(chosen):
-                out[place].copy_(_scores(rows[layer].view(B, T, -1), cosine, mask, scale)[0])
-        ctx.options = options
-        ctx.temperature = None if isinstance(temperature, Tensor) else temperature
-        ctx.save_for_backward(*([temperature] if isinstance(temperature, Tensor) else []), *hidden)
-        return out
+class _Problem(NamedTuple):
+    """The operators' arguments, in the order of `_ARGUMENTS`."""
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        chosen, stacked, cosine, mask, _ = ctx.options
-        hidden = list(ctx.saved_tensors)
-        temperature = hidden.pop(0) if ctx.temperature is None else ctx.temperature
-        layers = layer_views(tuple(hidden), stacked)
-        B, T, D = layers[0].shape
-        dtype = compute_dtype(layers[0].dtype)
-        gradients = [
-            torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device) if needed else None
-            for tensor, needed in zip(hidden, ctx.needs_input_grad[2:], strict=True)
-        ]
-        work = torch.zeros((), dtype=dtype, device=grad.device)  # sum of G s over layers
-        with own_precision(grad.device):
-            rows = LayerRows(layers)
-            scale = inverse(temperature, dtype)
-            for place, layer in enumerate(chosen):
-                gradient = gradients[0] if stacked else gradients[layer]
-                if gradient is None and not ctx.needs_input_grad[1]:
-                    continue
-                tokens = rows[layer].view(B, T, D)
-                score, side, valid = _scores(tokens, cosine, mask, scale)
-                upstream = grad[place].to(dtype)  # [B, T, T]
-                if mask is not None:  # zeroed, not multiplied: what arrives for masked entries may be anything
-                    upstream = torch.where(mask[:, :, None] & mask[:, None], upstream, 0.0)
-                weight = upstream + upstream.transpose(1, 2)
-                projection = (weight * score).sum(-1, keepdim=True)  # [B, T, 1]
-                work += projection.sum() / 2
-                if gradient is None:
-                    continue
-                if cosine:
-                    weight = weight * side * side.transpose(1, 2)
-                out = torch.bmm(weight * scale, valid)
-                if cosine:
-                    out.addcmul_(valid, projection * side.square(), value=-1)
-                (gradient[layer] if stacked else gradient).copy_(out)
-        grad_temperature = None
-        if ctx.needs_input_grad[1]:  # d s / d tau = -s / tau
-            grad_temperature = (-work * scale).to(temperature.dtype)
-        return None, grad_temperature, *gradients
+    hidden: list[Tensor]  # [L, B, T, D] alone, or L times [B, T, D]
+    mask: Tensor | None  # [B, T]
+    temperature: Tensor | None  # 0-d
+    temperature_value: float  # if temperature is None
+    cosine: bool
+    range: list[int]
+    out_dtype: torch.dtype
+
+    @property
+    def layers(self) -> tuple[Tensor, ...]:
+        """`[B, T, D]` each."""
+        return layer_views(self.hidden)
+
+    @property
+    def inverse_temperature(self) -> Tensor | float:
+        """`1/tau`."""
+        temperature = self.temperature_value if self.temperature is None else self.temperature
+        return inverse(temperature, compute_dtype(self.hidden[0].dtype))
+
+
+_ARGUMENTS = (
+    "Tensor[] hidden, Tensor? mask, Tensor? temperature, float temperature_value, bool cosine, int[] range, "
+    "ScalarType out_dtype"
+)
+
+
+@torch.library.custom_op(
+    "carma_kernels::torch_pairwise_similarity", mutates_args=(), schema=f"({_ARGUMENTS}) -> Tensor"
+)
+def _forward(*arguments: Any) -> Tensor:
+    problem = _Problem(*arguments)
+    out = _empty_matrix(problem)
+    B, T = out.shape[1:3]
+    with own_precision(out.device):
+        rows = LayerRows(problem.layers)
+        scale = problem.inverse_temperature
+        for place, layer in enumerate(range(*problem.range)):
+            out[place].copy_(_scores(rows[layer].view(B, T, -1), problem.cosine, problem.mask, scale)[0])
+    return out
+
+
+@_forward.register_fake
+def _(*arguments: Any) -> Tensor:
+    return _empty_matrix(_Problem(*arguments))
+
+
+def _empty_matrix(problem: _Problem) -> Tensor:
+    B, T, _ = problem.layers[0].shape
+    return problem.hidden[0].new_empty((len(range(*problem.range)), B, T, T), dtype=problem.out_dtype)
+
+
+@torch.library.custom_op(
+    "carma_kernels::torch_pairwise_similarity_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, bool[] needs_grad, {_ARGUMENTS}) -> (Tensor[], Tensor)",
+)
+def _backward(grad: Tensor, needs_grad: list[bool], *arguments: Any) -> tuple[list[Tensor], Tensor]:
+    """The gradients of the hidden states that need one, and `-tau` times that of the temperature."""
+    problem = _Problem(*arguments)
+    layers = problem.layers
+    B, T, D = layers[0].shape
+    dtype = compute_dtype(layers[0].dtype)
+    gradients = empty_gradients(problem.hidden, needs_grad)
+    for gradient in gradients:
+        gradient.zero_()
+    receiver = receiving_layers(problem.hidden, gradients, needs_grad)
+    work = layers[0].new_zeros((), dtype=dtype)  # sum of G s over layers
+    with own_precision(grad.device):
+        rows = LayerRows(layers)
+        scale = problem.inverse_temperature
+        for place, layer in enumerate(range(*problem.range)):
+            if layer not in receiver and problem.temperature is None:
+                continue
+            score, side, valid = _scores(rows[layer].view(B, T, D), problem.cosine, problem.mask, scale)
+            upstream = grad[place].to(dtype)  # [B, T, T]
+            if problem.mask is not None:  # zeroed, not multiplied: what arrives for masked entries may be anything
+                upstream = torch.where(problem.mask[:, :, None] & problem.mask[:, None], upstream, 0.0)
+            weight = upstream + upstream.transpose(1, 2)
+            projection = (weight * score).sum(-1, keepdim=True)  # [B, T, 1]
+            work += projection.sum() / 2
+            if layer not in receiver:
+                continue
+            if problem.cosine:
+                weight *= side
+                weight *= side.transpose(1, 2)
+            out = torch.bmm(weight.mul_(scale), valid)
+            if problem.cosine:
+                out.addcmul_(valid, projection * side.square(), value=-1)
+            receiver[layer].copy_(out)
+    return gradients, work
+
+
+@_backward.register_fake
+def _(grad: Tensor, needs_grad: list[bool], *arguments: Any) -> tuple[list[Tensor], Tensor]:  # noqa: ARG001
+    hidden = _Problem(*arguments).hidden
+    return empty_gradients(hidden, needs_grad), hidden[0].new_zeros((), dtype=compute_dtype(hidden[0].dtype))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    problem = _Problem(*inputs)
+    ctx.problem = problem._replace(hidden=[], mask=None, temperature=None)
+    ctx.has = (problem.mask is not None, problem.temperature is not None)
+    optional = [tensor for tensor in (problem.mask, problem.temperature) if tensor is not None]
+    ctx.save_for_backward(*optional, *problem.hidden)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    tensors = iter(ctx.saved_tensors)
+    mask, temperature = (next(tensors) if present else None for present in ctx.has)
+    problem = ctx.problem._replace(hidden=list(tensors), mask=mask, temperature=temperature)
+    needs_hidden = list(ctx.needs_input_grad[0])
+    gradients, work = _backward(grad, needs_hidden, *problem)
+    each = [gradients.pop(0) if needed else None for needed in needs_hidden]
+    grad_temperature = None
+    if temperature is not None and ctx.needs_input_grad[2]:  # d s / d tau = -s / tau
+        grad_temperature = (-work / temperature).to(temperature.dtype)
+    return each, None, grad_temperature, *[None] * (len(problem) - 3)
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup_context)
 
 
 def _scores(tokens: Tensor, cosine: bool, mask: Tensor | None, scale: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:

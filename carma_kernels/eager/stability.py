@@ -18,60 +18,75 @@ import torch
 from torch import Tensor
 
 
-class StabilityState(NamedTuple):
-    """What the backward needs of the forward, for layers 0 .. L-1."""
-
-    loss: Tensor  # [L-1] r_l
-    scale: Tensor  # [L-1] k_l
-
-
-def sum_of_squares(norm: Tensor, mask: Tensor | None) -> Tensor:
+def sum_of_squares(norm: Tensor, valid: Tensor | None) -> Tensor:
     """Sum of squares over the valid rows, from the norms of the rows `[N]`."""
     squares = norm.square()
-    return (squares if mask is None else torch.where(mask, squares, 0.0)).sum()
+    return (squares if valid is None else torch.where(valid, squares, 0.0)).sum()
 
 
 def stability(
-    energies: list[Tensor], changes: list[Tensor], mask: Tensor | None, size: int, width: int, eps: float
-) -> StabilityState:
-    """The losses from the sums over each layer; `size` elements a layer, `width` of them a token."""
+    energies: list[Tensor],
+    changes: list[Tensor],
+    valid: Tensor | None,
+    size: int,
+    width: int,
+    eps: float,
+    out: tuple[Tensor, Tensor],
+) -> None:
+    """Write `r_l` and `k_l`, `[L-1]` each, from the sums over each layer and step.
+
+    Args:
+        energies, changes: L and L-1 sums of squares, 0-d.
+        valid: `[N]` rows in the sums, None for all.
+        size, width: elements of a layer, and of a row.
+        eps: added to the denominator.
+        out: where `r_l` and `k_l` go.
+    """
     energy = torch.stack(energies)  # [L]
-    count: Tensor | int = max(size, 1) if mask is None else (mask.sum() * width).clamp_min(1)
+    count: Tensor | int = size if valid is None else (valid.sum() * width).clamp_min(1)
     denominator = (energy[:-1] + energy[1:]) / count + eps  # [L-1]
-    loss = torch.stack(changes) / count / denominator if changes else energy.new_zeros(0)
-    return StabilityState(loss, 2 / (count * denominator))
+    loss, scale = out
+    loss.copy_(torch.stack(changes) / count / denominator)
+    scale.copy_(2 / (count * denominator))
+
+
+class StencilWeights(NamedTuple):
+    """What a layer's gradient is made with: upstream-weighted, 0-d each."""
+
+    before: Tensor  # k_{l-1}
+    after: Tensor  # k_l
+    own: Tensor  # -(k_{l-1} r_{l-1} + k_l r_l)
+
+
+def stencil_weights(loss: Tensor, scale: Tensor, grad: Tensor) -> list[StencilWeights]:
+    """The weights of each of the L layers, from `r_l`, `k_l` and the upstream gradient, `[L-1]` each."""
+    weight = torch.nn.functional.pad(scale * grad, (1, 1))  # [L+1] of the steps before and after each layer
+    pull = torch.nn.functional.pad(scale * grad * loss, (1, 1))
+    own = -(pull[:-1] + pull[1:])
+    return [StencilWeights(weight[at], weight[at + 1], own[at]) for at in range(len(own))]
 
 
 def stencil(
     rows: Tensor,
     before: Tensor | None,
     after: Tensor | None,
-    weight: Tensor,
-    shrink: Tensor,
-    mask: Tensor | None,
+    weights: StencilWeights,
+    valid: Tensor | None,
     out: Tensor,
 ) -> None:
     """Write one layer's gradient to `out` `[N, D]`.
 
     Args:
         rows: the layer `h_l` `[N, D]`.
-        before, after: its differences `h_l - h_{l-1}` and `h_{l+1} - h_l`, None at the ends.
-        weight: `[2]`, `k_{l-1}` and `k_l`, times the upstream gradients.
-        shrink: 0-d, `k_{l-1} r_{l-1} + k_l r_l`, times the upstream gradients.
-        mask: `[N]` valid rows; the others, whatever they hold, get a zero.
+        before, after: its steps `h_l - h_{l-1}` and `h_{l+1} - h_l`, None at the ends.
+        weights: of this layer.
+        valid: `[N]`; the other rows, whatever they hold, get a zero.
+        out: overwritten.
     """
-    torch.mul(rows, -shrink, out=out)
+    torch.mul(rows, weights.own, out=out)
     if before is not None:
-        out.addcmul_(before, weight[0])
+        out.addcmul_(before, weights.before)
     if after is not None:
-        out.addcmul_(after, weight[1], value=-1)
-    if mask is not None:
-        out.masked_fill_(~mask[:, None], 0.0)
-
-
-def stencil_weights(state: StabilityState, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """The `weight` `[L, 2]` and `shrink` `[L]` of every layer, from the upstream gradient `[L-1]`."""
-    none = grad.new_zeros(1)
-    scale = torch.cat([none, state.scale * grad, none])  # [L+1] k_{l-1} and k_l of layer l are entries l and l+1
-    pull = torch.cat([none, state.scale * grad * state.loss, none])
-    return torch.stack([scale[:-1], scale[1:]], dim=1), pull[:-1] + pull[1:]
+        out.addcmul_(after, weights.after, value=-1)
+    if valid is not None:
+        out.masked_fill_(~valid[:, None], 0.0)

@@ -1,0 +1,95 @@
+"""An explicit list of pairs with the negatives of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NO_TOKEN = -1
+
+
+@dataclass(frozen=True, eq=False)
+class PairIndex:
+    """Explicit pairs with the negatives of each: sampled ones, hard ones, anything.
+
+    A token is named by its flat index `b*T + t`. The negatives of a pair are exactly the tokens listed, repetition
+    included; a slot of -1 holds none, and a pair with no negative costs 0 and still counts.
+
+    Raises:
+        TypeError: not integer tensors.
+        ValueError: shapes or devices that do not belong together, or (checked for CPU tensors only, since no check
+            reads device memory) an index outside `[0, B*T)`.
+    """
+
+    anchor: Tensor
+    """`[P]` int32"""
+    positive: Tensor
+    """`[P]` int32"""
+    negatives: Tensor
+    """`[P, K]`, or `[L, P, K]` with a draw for each layer; int32"""
+    shape: tuple[int, int]
+    """`(B, T)` of the hidden states that the indices point into"""
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without reading device memory."""
+        for name in ("anchor", "positive", "negatives"):
+            tensor = getattr(self, name)
+            if not isinstance(tensor, Tensor) or tensor.dtype not in (torch.int32, torch.int64):
+                got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise TypeError(f"{name} must be an int32 or int64 tensor of flat token indices b*T+t, got {got}.")
+        if len(self.shape) != 2 or not all(isinstance(size, int) and size >= 0 for size in self.shape):
+            raise ValueError(f"shape must be (B, T) of the hidden states, two ints, got {self.shape!r}.")
+        object.__setattr__(self, "shape", tuple(self.shape))
+        P = self.anchor.numel()
+        if self.anchor.shape != (P,) or self.positive.shape != (P,):
+            raise ValueError(
+                "anchor and positive must both be [P], one entry a pair, got "
+                f"{list(self.anchor.shape)} and {list(self.positive.shape)}."
+            )
+        if self.negatives.dim() not in (2, 3) or self.negatives.shape[-2] != P:
+            raise ValueError(
+                f"negatives must be [P, K] or [L, P, K] with P = {P} as in anchor, got {list(self.negatives.shape)}."
+            )
+        if len({self.anchor.device, self.positive.device, self.negatives.device}) > 1:
+            raise ValueError(
+                f"anchor, positive and negatives must be on one device, got {self.anchor.device}, "
+                f"{self.positive.device} and {self.negatives.device}."
+            )
+        if self.anchor.device.type == "cpu":
+            self._check_range()
+        for name in ("anchor", "positive", "negatives"):
+            object.__setattr__(self, name, getattr(self, name).int())
+
+    def _check_range(self) -> None:
+        B, T = self.shape
+        for name, lowest in (("anchor", 0), ("positive", 0), ("negatives", NO_TOKEN)):
+            tensor: Tensor = getattr(self, name)
+            if tensor.numel() and not (lowest <= int(tensor.min()) and int(tensor.max()) < B * T):
+                raise ValueError(
+                    f"{name} must hold flat token indices in [{lowest}, {B * T}) for {B} x {T} tokens, got values from "
+                    f"{int(tensor.min())} to {int(tensor.max())}. The index of token t of sequence b is b * {T} + t."
+                )
+
+    @property
+    def num_pairs(self) -> int:
+        """`P`."""
+        return self.anchor.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the indices lie."""
+        return self.anchor.device
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> PairIndex:
+        """The same pairs on `device`."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> PairIndex:
+        """The same pairs in page-locked host memory."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, move: Callable[[Tensor], Tensor]) -> PairIndex:
+        return PairIndex(move(self.anchor), move(self.positive), move(self.negatives), self.shape)
