@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup test lint types demo bench doctor verify clean
+.PHONY: help setup test lint types demo bench bench-smoke doctor verify clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -32,6 +32,9 @@ types: $(READY)  ## static types
 
 bench: $(READY)  ## speed and memory against the published algorithm, on this machine
 	$(BIN)/python -m pytest bench
+
+bench-smoke: $(READY)  ## every bench once on a tiny case, untimed
+	$(BIN)/python -m pytest bench --benchmark-disable -m smoke
 
 doctor: $(READY)  ## versions, devices, and which backend would be picked
 	$(BIN)/python -m carma_kernels doctor
