@@ -44,7 +44,8 @@ def hidden_states(value: Any) -> tuple[Tensor, ...]:
         )
     else:
         raise TypeError(
-            f"hidden_states must be a tensor [L, B, T, D] or a list of L tensors [B, T, D], got {type(value).__name__}."
+            "hidden_states must be a tensor [L, B, T, D] or a list of L tensors [B, T, D], got "
+            f"{type(value).__name__}. Pass list(hidden_states) if it yields the layers."
         )
     if not layers:
         raise ValueError("hidden_states must hold at least one layer, got none.")
@@ -147,7 +148,7 @@ def positive_number(value: Any, name: str) -> float:
     """A number > 0."""
     number = _number(value, name, "a number > 0")
     if not 0 < number < math.inf:
-        raise ValueError(f"{name} must be a number > 0, got {value}.")
+        raise ValueError(f"{name} must be a finite number > 0, got {value}.")
     return number
 
 
@@ -155,7 +156,7 @@ def non_negative_number(value: Any, name: str) -> float:
     """A number >= 0."""
     number = _number(value, name, "a number >= 0")
     if not 0 <= number < math.inf:
-        raise ValueError(f"{name} must be a number >= 0, got {value}.")
+        raise ValueError(f"{name} must be a finite number >= 0, got {value}.")
     return number
 
 
@@ -201,7 +202,10 @@ def mask(value: Any, first: Tensor) -> Tensor | None:
         return None
     B, T, _ = first.shape
     if not isinstance(value, Tensor):
-        raise TypeError(f"mask must be a tensor [B, T], non-zero for valid tokens, got {type(value).__name__}.")
+        raise TypeError(
+            f"mask must be a tensor [B, T], non-zero for valid tokens, got {type(value).__name__}. "
+            "Pass the batch's attention_mask, or spans.attention_mask."
+        )
     if value.shape != (B, T):
         raise ValueError(
             f"mask is {_shape(value)}, hidden_states have {B} sequences of {T} tokens; it must be [{B}, {T}], like the "

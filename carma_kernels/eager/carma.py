@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from carma_kernels._operators import forbid_double_backward
 from carma_kernels._terms import MITerm, Similarity, StabilityTerm
 from carma_kernels.eager.layers import (
     LayerRows,
@@ -281,6 +282,7 @@ def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
+forbid_double_backward(_backward, "the CARMA losses")
 
 
 def _row_buffer(gradient: Tensor | None, layer: Tensor, dtype: torch.dtype) -> Tensor:

@@ -70,7 +70,7 @@ class LayerRows:
             hidden = self._hidden[layer]  # [B, T, D]
             while len(self._recent) > 1:
                 self._recent.pop(min(self._recent))
-            self._recent[layer] = hidden.to(compute_dtype(hidden.dtype)).reshape(-1, hidden.shape[-1])
+            self._recent[layer] = hidden.to(compute_dtype(hidden.dtype)).flatten(0, 1)
         return self._recent[layer]
 
     def step(self, layer: int) -> Tensor:

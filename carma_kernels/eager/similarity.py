@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from carma_kernels._operators import forbid_double_backward
 from carma_kernels._terms import Similarity
 from carma_kernels.eager.layers import (
     LayerRows,
@@ -83,12 +84,12 @@ _ARGUMENTS = (
 def _forward(*arguments: Any) -> Tensor:
     problem = _Problem(*arguments)
     out = _empty_matrix(problem)
-    B, T = out.shape[1:3]
+    B, T, D = problem.layers[0].shape
     with own_precision(out.device):
         rows = LayerRows(problem.layers)
         scale = problem.inverse_temperature
         for place, layer in enumerate(range(*problem.range)):
-            out[place].copy_(_scores(rows[layer].view(B, T, -1), problem.cosine, problem.mask, scale)[0])
+            out[place].copy_(_scores(rows[layer].view(B, T, D), problem.cosine, problem.mask, scale)[0])
     return out
 
 
@@ -171,12 +172,13 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
+forbid_double_backward(_backward, "pairwise_similarity")
 
 
 def _scores(tokens: Tensor, cosine: bool, mask: Tensor | None, scale: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
     """Similarities `[B, T, T]`, inverse norms `[B, T, 1]`, and the tokens `[B, T, D]` with 0 for masked ones."""
     valid = tokens if mask is None else tokens.masked_fill(~mask[:, :, None], 0.0)
-    side = inverse_norms(norms(valid.view(-1, valid.shape[-1]))).view(*valid.shape[:2], 1)
+    side = inverse_norms(norms(valid.flatten(0, 1))).view(*valid.shape[:2], 1)
     score = torch.bmm(valid, valid.transpose(1, 2)).mul_(scale)
     if cosine:
         score = score.mul_(side).mul_(side.transpose(1, 2))
