@@ -31,7 +31,7 @@ types: $(READY)  ## static types
 	$(BIN)/mypy
 
 bench: $(READY)  ## speed and memory against the published algorithm, on this machine
-	$(BIN)/python -m pytest bench
+	$(BIN)/python -m pytest bench --save
 
 bench-smoke: $(READY)  ## every bench once on a tiny case, untimed
 	$(BIN)/python -m pytest bench --benchmark-disable -m smoke

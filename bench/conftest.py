@@ -1,0 +1,101 @@
+"""Options of the benches, what is recorded beside the times, and the table at the end."""
+
+from __future__ import annotations
+
+import os
+import re
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import report
+from bench.workloads import PAPER, SLOW, TINY
+from carma_kernels.measure import environment
+
+RESULTS = Path(__file__).parent / "results"
+LOAD_AT_START = pytest.StashKey[float]()
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("carma_kernels")
+    group.addoption("--save", action="store_true", help="write bench/results/<device>/<date>.json")
+    group.addoption("--slow", action="store_true", help="also the workload that takes the published loops minutes")
+    group.addoption("--threads", type=int, default=1, help="torch's threads on the CPU (default: %(default)s)")
+    group.addoption("--device", default="cpu", help="where the hidden states lie (default: %(default)s)")
+
+
+@pytest.hookimpl(tryfirst=True)  # pytest-benchmark reads its options in its own pytest_configure
+def pytest_configure(config):
+    config.stash[LOAD_AT_START] = os.getloadavg()[0]
+    config.addinivalue_line("markers", "smoke: takes seconds in all; run it to see whether the benches still work")
+    config.option.benchmark_quiet = True  # its tables know neither ratios nor memory
+    # a wrong result fails before anything is timed: that is one failure, not two
+    config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used")
+    if config.option.save:
+        device = re.sub(r"[^a-z0-9]+", "-", _device_name(config.option.device).lower()).strip("-")
+        config.option.benchmark_json = RESULTS / device / f"{datetime.now(UTC).date()}.json"
+
+
+def pytest_generate_tests(metafunc):
+    if "workload" in metafunc.fixturenames:
+        workloads = (*PAPER, *(SLOW if metafunc.config.option.slow else ()))
+        tiny = [pytest.param(workload, marks=pytest.mark.smoke) for workload in TINY]
+        metafunc.parametrize("workload", [*tiny, *workloads], ids=str)
+
+
+@pytest.fixture(autouse=True)
+def threads(pytestconfig):
+    before = torch.get_num_threads()
+    torch.set_num_threads(pytestconfig.option.threads)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def used_allocator():
+    """Let glibc have seen a block of nearly 32 MB, as in any process that trains.
+
+    It learns from the largest block freed so far how much to keep: without this, what runs first gives its memory back
+    to the kernel after every step, and a third of its time goes into getting it again.
+    """
+    torch.empty(31 << 20, dtype=torch.uint8)
+
+
+@pytest.fixture
+def device(pytestconfig):
+    return torch.device(pytestconfig.option.device)
+
+
+def pytest_benchmark_generate_machine_info(config):
+    return environment() | {
+        "device": _device_name(config.option.device),
+        "torch_threads": config.option.threads,
+        "load_at_start": round(config.stash[LOAD_AT_START], 2),
+        "timer": str(config.option.benchmark_timer),
+    }
+
+
+def pytest_benchmark_generate_commit_info():
+    env = environment()
+    return {"id": env["commit"], "dirty": env["dirty"]}
+
+
+def pytest_benchmark_update_json(config, output_json):
+    for benchmark in output_json["benchmarks"]:  # extra_info says the same without addresses of functions
+        del benchmark["params"], benchmark["options"]
+    Path(config.option.benchmark_json).parent.mkdir(parents=True, exist_ok=True)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    benchmarks = [bench.as_dict() for bench in config._benchmarksession.benchmarks if not bench.has_error]
+    if benchmarks:
+        terminalreporter.section("measured")
+        terminalreporter.write_line(report.details(benchmarks, pytest_benchmark_generate_machine_info(config)))
+        if config.option.save:
+            terminalreporter.write_line(f"written to {config.option.benchmark_json}")
+
+
+def _device_name(device: str) -> str:
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else environment()["cpu"]
