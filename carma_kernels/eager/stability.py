@@ -43,7 +43,7 @@ def stability(
         out: where `r_l` and `k_l` go.
     """
     energy = torch.stack(energies)  # [L]
-    count: Tensor | int = size if valid is None else (valid.sum() * width).clamp_min(1)
+    count: Tensor | int = max(size, 1) if valid is None else (valid.sum() * width).clamp_min(1)
     denominator = (energy[:-1] + energy[1:]) / count + eps  # [L-1]
     loss, scale = out
     loss.copy_(torch.stack(changes) / count / denominator)
