@@ -15,12 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from carma_kernels._ranks import RankTable, rank_tables
 from carma_kernels.pairs import NO_TOKEN, PairIndex
 
 NO_WORD = -1
 _PAD_ANCHOR = -2  # differs from every word and from NO_WORD, so a padding slot has neither positive nor negative
-
-_INT32_MAX = 2**31 - 1
 
 _Layout = dict[str, tuple[int, tuple[int, ...]]]  # where in the packed tensor each table lies, and its shape
 
@@ -38,6 +37,8 @@ class ContrastTable(NamedTuple):
     anchor_slot: Tensor  # [S, A] int32, the anchor's position among its group's keys
     anchor_word: Tensor  # [S, A] int32
     covers_batch: bool  # key_token is 0, 1, .. B*T-1: the hidden states can be used as they lie
+    word: Tensor | None = None  # [B, T] int32, as `TokenSpans.word`
+    ranks: RankTable | None = None  # the same groups, and those without an anchor, in the order of the Triton kernels
 
 
 @runtime_checkable
@@ -144,6 +145,7 @@ class TokenSpans:
             raise TypeError(
                 f"spans must be a list with one list of (start, end) for each sequence, got {type(spans).__name__}."
             )
+        _check_size(len(spans), seq_len)
         ids = np.full((len(spans), seq_len), NO_WORD, dtype=np.int64)
         valid = _mask_array(attention_mask, ids.shape)
         sequence, start, end = _span_arrays(spans, seq_len)
@@ -162,10 +164,6 @@ class TokenSpans:
     @classmethod
     def _pack(cls, ids: np.ndarray, valid: np.ndarray) -> TokenSpans:
         B, T = ids.shape
-        if B * T > _INT32_MAX:
-            raise ValueError(
-                f"a batch of {B} x {T} tokens is beyond the 2^31 - 1 that a token index can hold; split it."
-            )
         in_word = ids >= 0  # [B, T]
         if (stray := in_word & ~valid).any():
             b, t = divmod(int(stray.argmax()), T)
@@ -192,16 +190,18 @@ class TokenSpans:
         sequence_tables = _contrast_tables(
             word[of_active], valid[of_active], continues[of_active], active * np.int32(T)
         )
-        in_one_row = (1, B * T)
-        batch_tables = _contrast_tables(
-            word.reshape(in_one_row), valid.reshape(in_one_row), continues.reshape(in_one_row), np.zeros(1, np.int32)
-        )
+        of_tokens = (word, valid, continues)
+        in_one_row = [table.reshape(1, B * T) for table in of_tokens]
+        batch_tables = _contrast_tables(*in_one_row, np.zeros(1, np.int32))
+        of_several = length[length > 1]
         host, layout = _concatenate(
             {
                 "word": word,
                 "spans": spans,
                 **{f"sequence_{name}": table for name, table in sequence_tables.items()},
                 **{f"batch_{name}": table for name, table in batch_tables.items()},
+                **{f"sequence_rank_{name}": table for name, table in rank_tables(*of_tokens, of_several).items()},
+                **{f"batch_rank_{name}": table for name, table in rank_tables(*in_one_row, of_several).items()},
             }
         )
         num_pairs = int((length * (length - 1) // 2).sum())
@@ -240,7 +240,13 @@ class TokenSpans:
             self._view(f"{negatives}_anchor_slot"),
             self._view(f"{negatives}_anchor_word"),
             covers_batch=num_valid == B * T and key_token.numel() == B * T,
+            word=self.word,
+            ranks=self._rank_table(negatives),
         )
+
+    def _rank_table(self, negatives: str) -> RankTable:
+        tables = [self._view(f"{negatives}_rank_{name}") for name in RankTable._fields[:-1]]
+        return RankTable(*tables, self.num_pairs)
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> TokenSpans:
         """The same spans on `device`, in one copy; `self` if they are there already."""
@@ -404,6 +410,11 @@ def _host_array(value: Any, name: str) -> np.ndarray:
     return np.asarray(value)
 
 
+def _check_size(B: int, T: int) -> None:
+    if B * T >= 2**31:
+        raise ValueError(f"a batch of {B} x {T} tokens is beyond the 2^31 - 1 that a token index can hold; split it.")
+
+
 def _word_id_array(word_ids: Any) -> np.ndarray:
     if isinstance(word_ids, Tensor | np.ndarray):
         dtype = word_ids.dtype
@@ -414,11 +425,12 @@ def _word_id_array(word_ids: Any) -> np.ndarray:
             raise TypeError(
                 f"word_ids must be integers (negative: no word), got {dtype}. Convert them to torch.int64 or np.int64."
             )
+        _check_size(*ids.shape)
         return ids.astype(np.int64)
     if not isinstance(word_ids, Sequence) or not all(isinstance(row, Sequence | np.ndarray) for row in word_ids):
         raise TypeError(
             "word_ids must be one list of word ids for each sequence, or an integer tensor [B, T], got "
-            f"{type(word_ids).__name__}."
+            f"{type(word_ids).__name__}. For one sequence pass [word_ids]."
         )
     lengths = {len(row) for row in word_ids}
     if len(lengths) > 1:
@@ -442,14 +454,18 @@ def _mask_array(attention_mask: Any, shape: tuple[int, ...]) -> np.ndarray:
     except ValueError as error:
         if isinstance(attention_mask, Tensor):
             raise
-        raise ValueError("attention_mask must be rectangular, [B, T], with 0 for padding.") from error
+        raise ValueError(
+            "attention_mask must be [B, T] with 0 for padding, got rows of different lengths. Pad them like the words."
+        ) from error
+    if not mask.size and 0 in shape:  # no sequences: a list has no second dimension then
+        return np.ones(shape, dtype=bool)
     if mask.shape != shape:
         raise ValueError(
             f"attention_mask has shape {list(mask.shape)}, the words {list(shape)}; both must be [B, T] of the same "
             "padded batch."
         )
     if mask.dtype == object:
-        raise TypeError("attention_mask must hold numbers or booleans, 0 for padding.")
+        raise TypeError("attention_mask must hold numbers or booleans, 0 for padding, got objects.")
     return np.asarray(mask != 0)
 
 

@@ -1,0 +1,158 @@
+"""The subcommand `doctor`: what is installed here, on which devices, and which backend a call would run on, and why."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from carma_kernels import __version__, choose_backend
+from carma_kernels._backend import VARIABLE
+from carma_kernels.measure import environment
+
+OPTIONAL = {
+    "demo": ("transformers", "tokenizers", "rich", "matplotlib"),
+    "bench": ("pytest", "pytest-benchmark"),
+}
+"""What each extra of the package adds, as in pyproject.toml"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `doctor`."""
+    parser.add_argument("--json", action="store_true", help="print the same as JSON, for a bug report or a script")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the findings; returns 1 if any of them stops the losses from running, 0 otherwise."""
+    findings = examine()
+    text = json.dumps(findings, indent=2) if args.json else "\n".join(_lines(findings))
+    sys.stdout.write(f"{text}\n")
+    return 1 if findings["problems"] else 0
+
+
+def examine() -> dict[str, Any]:
+    """Everything `doctor` reports, ready for JSON; nothing that is broken here makes it raise.
+
+    Returns:
+        `version`; `environment` as from `measure.environment`; `variable`, the value of `CARMA_KERNELS_BACKEND`;
+        `backends`, for each device the `backend` picked and the `reason`; `optional`, for each extra the version of
+        each package, None if it is missing; `notes` and `problems`, in words.
+    """
+    problems: list[str] = []
+    backends: dict[str, dict[str, str | None]] = {}
+    try:
+        machine = environment()
+    except Exception as error:
+        machine = {}
+        problems.append(f"the versions and devices cannot be listed: {one_line(error)}")
+    for device in devices():
+        try:
+            backend, reason = choose_backend(None, device)
+            backends[str(device)] = {"backend": backend, "reason": reason}
+        except Exception as error:
+            backends[str(device)] = {"backend": None, "reason": one_line(error)}
+            problems.append(f"no backend for {device}: {one_line(error)}")
+    return {
+        "version": __version__,
+        "environment": machine,
+        "variable": os.environ.get(VARIABLE),
+        "backends": backends,
+        "optional": {extra: {name: _version(name) for name in names} for extra, names in OPTIONAL.items()},
+        "notes": list(_notes(machine)),
+        "problems": problems,
+    }
+
+
+def devices() -> list[torch.device]:
+    """The devices that torch can use here."""
+    found = [torch.device("cpu")]
+    found += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        found.append(torch.device("mps"))
+    return found
+
+
+def _notes(machine: dict[str, Any]) -> Iterator[str]:
+    if torch.version.cuda is None and torch.version.hip is None and shutil.which("nvidia-smi"):
+        yield (
+            f"this machine has an NVIDIA driver, but torch {torch.__version__} is built without CUDA: the GPU cannot "
+            "be used. https://pytorch.org/get-started names the build to install."
+        )
+    if machine and machine["triton"] is None:
+        yield "Triton is not installed. It comes with torch's CUDA and ROCm builds; the torch backend does without it."
+    if machine and machine["carma_kernels"] not in (None, __version__):
+        yield (
+            f"version {machine['carma_kernels']} is installed, {__version__} is what runs: "
+            "pip install --force-reinstall carma-kernels, or start Python in another folder."
+        )
+
+
+def _lines(findings: dict[str, Any]) -> Iterator[str]:
+    machine = findings["environment"]
+    commit = machine.get("commit")
+    changed = ", with changes" if machine.get("dirty") else ""
+    yield f"carma_kernels {findings['version']}" + (f" (commit {commit[:12]}{changed})" if commit else "")
+    if machine:
+        yield ""
+        yield from _table(
+            {
+                "python": f"{machine['python']} on {machine['platform']}",
+                "torch": f"{machine['torch']}, {machine['torch_threads']} threads",
+                "CUDA or ROCm": machine["cuda"] or "none in this torch",
+                "triton": machine["triton"] or "not installed",
+                "numpy": machine["numpy"],
+                "CPU": f"{machine['cpu']}, {machine['cpu_cores']} cores",
+                "GPUs": "; ".join(_gpu(gpu) for gpu in machine["gpus"]) or "none that torch can use",
+                **({"GPU driver": machine["gpu_driver"]} if machine["gpu_driver"] else {}),
+            }
+        )
+    yield ""
+    yield f"Backend picked for tensors on each device ({VARIABLE} {_setting(findings['variable'])})"
+    yield from _table(
+        {device: f"{pick['backend'] or 'none'}: {pick['reason']}" for device, pick in findings["backends"].items()}
+    )
+    yield ""
+    yield "Optional packages"
+    for extra, packages in findings["optional"].items():
+        installed = [f"{name} {version}" for name, version in packages.items() if version]
+        missing = [name for name, version in packages.items() if not version]
+        parts = [", ".join(installed)] if installed else []
+        if missing:
+            parts.append(f"missing {', '.join(missing)}: pip install 'carma-kernels[{extra}]'")
+        yield from _table({extra: "; ".join(parts)})
+    yield ""
+    yield from (f"Note: {note}" for note in findings["notes"])
+    yield from (f"PROBLEM: {problem}" for problem in findings["problems"])
+    yield f"{len(findings['problems']) or 'no'} problem{'' if len(findings['problems']) == 1 else 's'} found."
+
+
+def _table(rows: dict[str, str]) -> Iterator[str]:
+    width = max(12, *map(len, rows))
+    yield from (f"  {name:<{width}}  {value}" for name, value in rows.items())
+
+
+def _gpu(gpu: dict[str, Any]) -> str:
+    return f"{gpu['name']} (capability {gpu['capability']}, {gpu['memory'] / 2**30:.0f} GiB)"
+
+
+def _setting(value: str | None) -> str:
+    return "is not set" if value is None else f"is {value!r}"
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def one_line(error: Exception) -> str:
+    """What an exception says, for a line of a report."""
+    return " ".join(str(error).split()) or type(error).__name__

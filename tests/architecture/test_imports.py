@@ -1,0 +1,109 @@
+"""Who may import whom: from the bottom up, and nothing the other way round."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.architecture.sources import ROOT, Import, imports, module_name, python_files
+
+
+class Room(NamedTuple):
+    """What a module or subpackage may import, itself and the standard library aside."""
+
+    rooms: set[str]
+    libraries: set[str]
+
+
+INTERFACE = {"_backend", "config", "functional", "modules", "pairs", "spans"}
+ROOMS = {
+    # what a batch's words and pairs are
+    "_ranks": Room(set(), {"numpy", "torch"}),
+    "pairs": Room(set(), {"torch"}),
+    "spans": Room({"_ranks", "pairs"}, {"numpy", "torch"}),
+    # the backends
+    "_operators": Room(set(), {"torch"}),
+    "_terms": Room({"pairs", "spans"}, {"torch"}),
+    "kernels": Room(set(), {"triton"}),
+    "ops": Room({"_operators", "_ranks", "_terms", "kernels", "pairs", "spans"}, {"torch", "triton"}),
+    "eager": Room({"_operators", "_terms", "pairs", "spans"}, {"torch"}),
+    # the public interface
+    "_backend": Room(set(), {"torch"}),
+    "_validate": Room({"pairs", "spans"}, {"torch"}),
+    "config": Room({"_validate"}, {"torch"}),
+    "functional": Room({"_backend", "_terms", "_validate", "config", "eager", "ops", "pairs", "spans"}, {"torch"}),
+    "modules": Room({"config", "functional", "pairs", "spans"}, {"torch"}),
+    "integrations": Room({"config", "functional", "modules", "pairs", "spans"}, {"torch", "transformers"}),
+    "carma_kernels": Room(INTERFACE, set()),
+    # the commands
+    "measure": Room(set(), {"torch", "triton"}),  # for its version
+    "demo": Room({"carma_kernels", "measure"}, {"matplotlib", "rich", "tokenizers", "torch", "transformers"}),
+    "doctor": Room({"_backend", "carma_kernels", "measure"}, {"torch"}),
+    "verify": Room({"_backend", "carma_kernels", "doctor"}, {"csrc_ref", "torch"}),
+    "__main__": Room({"carma_kernels"}, set()),
+}
+"""From the bottom up."""
+
+
+def room(name: str) -> str:
+    """Of a dotted name: its module or subpackage; the package itself for a name that it exports."""
+    _, _, inner = name.partition(".")
+    first = inner.split(".")[0]
+    return first if first in ROOMS else "carma_kernels"
+
+
+def where(file: Path, imported: Import) -> str:
+    return f"{file.relative_to(ROOT)}:{imported.line} imports {imported.name}"
+
+
+def test_every_module_has_a_room():
+    for file in python_files("carma_kernels"):
+        name = module_name(file)
+        assert name == "carma_kernels" or name.split(".")[1] in ROOMS, f"{name}: put it into ROOMS"
+
+
+def test_rooms_look_down_only():
+    below: set[str] = set()
+    for name, (rooms, _) in ROOMS.items():
+        assert rooms <= below, f"{name} looks up to {rooms - below}"
+        below.add(name)
+
+
+@pytest.mark.parametrize("file", python_files("carma_kernels"), ids=module_name)
+def test_imports(file: Path):
+    own = room(module_name(file))
+    allowed = ROOMS[own]
+    for imported in imports(file):
+        if imported.root == "carma_kernels":
+            assert room(imported.name) in {own, *allowed.rooms}, where(file, imported)
+        elif imported.root not in sys.stdlib_module_names:
+            assert imported.root in allowed.libraries, where(file, imported)
+
+
+def test_what_is_optional_is_loaded_where_it_is_needed():
+    """The reference by `verify` when it runs, what `demo` draws with once its arguments are checked, and Triton."""
+    for file in python_files("carma_kernels"):
+        for imported in imports(file):
+            if imported.root in {"csrc_ref", "triton"} and room(module_name(file)) not in {"kernels", "ops"}:
+                assert imported.lazy, where(file, imported)
+            if module_name(file) == "carma_kernels.demo.cli" and imported.root != "carma_kernels":
+                optional = imported.root in {"matplotlib", "rich", "tokenizers", "transformers"}
+                assert imported.lazy or not optional, where(file, imported)
+
+
+@pytest.mark.parametrize(
+    ("folder", "strangers"),
+    [
+        ("csrc_ref", {"carma_kernels", "tests", "bench", "numpy", "triton", "pytest"}),
+        ("carma_kernels", {"tests", "bench", "pytest", "hypothesis"}),
+        ("tests", {"bench"}),
+        ("bench", {"tests"}),
+    ],
+)
+def test_strangers(folder: str, strangers: set[str]):
+    for file in python_files(folder):
+        for imported in imports(file):
+            assert imported.root not in strangers, where(file, imported)

@@ -1,0 +1,38 @@
+"""What all tests share: the backends, memory that shows when it is read before it is written, and hypothesis's pace."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import settings
+
+from tests.cases import BACKENDS, Backend
+
+settings.register_profile("suite", deadline=None, max_examples=15, derandomize="CI" in os.environ)
+settings.load_profile("suite")
+
+
+@pytest.fixture(params=BACKENDS, ids=str, scope="session")
+def backend(request: pytest.FixtureRequest) -> Backend:
+    """Each backend in turn; `on_backends` in a test's parameters goes before it."""
+    row: Backend = request.param
+    return row
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """New memory is full of NaN, which torch sees to in its deterministic mode."""
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("error")
+    assert torch.empty(1).isnan()
+    yield
+    torch.set_deterministic_debug_mode(before)
+
+
+@pytest.fixture
+def users_defaults(poisoned_memory: None) -> None:
+    """As torch comes: without deterministic mode, whose operators are others and which writes to new memory."""
+    torch.set_deterministic_debug_mode("default")

@@ -1,0 +1,42 @@
+"""The registered operators keep what they promise to torch: their schema, fake results, and gradients when traced."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from tests.cases import Backend, Case
+from tests.contracts.ops import OPS, Op, make_problem
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps the calls of the package's operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[Any, tuple[Any, ...]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func.namespace == "carma_kernels":
+            assert not kwargs
+            self.calls[func] = args
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "list"])
+@pytest.mark.parametrize("op", [op for op in OPS if op.name in ("mi of listed pairs", "similarity", "carma")], ids=str)
+def test_opcheck(backend: Backend, op: Op, stacked: bool) -> None:
+    problem = make_problem(op, backend, Case(D=64, stacked=stacked))
+    with Recorder() as recorder:
+        problem.gradients()
+    (forward, its_inputs), (backward, upstream_and_inputs) = recorder.calls.items()
+    leaves = tree_map_only(Tensor, lambda x: x.detach().clone().requires_grad_(x.requires_grad), its_inputs)
+    assert any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(leaves))
+    torch.library.opcheck(forward, leaves)
+    # without requires_grad: the gradient of a gradient raises
+    torch.library.opcheck(backward, tree_map_only(Tensor, lambda x: x.detach().clone(), upstream_and_inputs))

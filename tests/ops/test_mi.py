@@ -1,0 +1,61 @@
+"""mi_loss against csrc_ref: values, and the gradients of every layer and of the temperature."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import carma_kernels
+import csrc_ref
+from carma_kernels import PairIndex, TokenSpans
+from carma_kernels.eager.mi import ContrastiveMI
+from tests.cases import MI_CASES, Backend, Batch, Case, list_pairs, make_batch, on_backends
+from tests.compare import assert_close_to_oracle, differentiate
+
+
+def options(case: Case, batch: Batch) -> tuple[TokenSpans | PairIndex, dict[str, Any]]:
+    """What the case asks of mi_loss, less the hidden states and the temperature."""
+    asked: dict[str, Any] = {"metric": case.metric, "layers": case.layers, "match_negatives": case.match_negatives}
+    if case.reduction is not None:
+        asked["reduction"] = case.reduction
+    if case.num_pairs is not None:
+        asked["num_pairs"] = 77 if case.num_pairs == "int" else torch.tensor(77)
+    if case.negatives.startswith("listed"):
+        return list_pairs(batch, case.num_layers if case.negatives == "listed by layer" else None), asked
+    return batch.spans, asked | {"negatives": case.negatives}
+
+
+@pytest.mark.parametrize(("backend", "case"), on_backends(MI_CASES))
+def test_values_and_gradients(backend: Backend, case: Case) -> None:
+    batch = make_batch(case, poison=True)
+    spans, asked = options(case, batch)
+
+    there = spans.to(backend.device)
+    here = {name: x.to(backend.device) if isinstance(x, Tensor) else x for name, x in asked.items()}
+
+    def ours(hidden: Tensor | list[Tensor], temperature: Tensor | float) -> tuple[Tensor]:
+        return (carma_kernels.mi_loss(hidden, there, temperature=temperature, backend=backend.name, **here),)
+
+    def reference(hidden: Tensor | list[Tensor], temperature: Tensor | float) -> tuple[Tensor]:
+        return (csrc_ref.mi_loss(hidden, spans, temperature=temperature, **asked),)
+
+    oracle = differentiate(reference, batch.hidden, case, exact=True)
+    actual = differentiate(ours, batch.hidden, case, device=backend.device)
+    assert_close_to_oracle(actual, oracle, backend.tolerance[case.dtype])
+
+
+def test_the_cases_take_every_turn_of_the_torch_backend() -> None:
+    """Anchors in one piece and in several, hidden states as they lie and gathered, for both kinds of negatives."""
+    turns = set()
+    for case in MI_CASES:
+        batch = make_batch(case)
+        if case.negatives in ("sequence", "batch") and batch.spans.num_pairs:
+            table = batch.spans.contrast_table(case.negatives)
+            rows = torch.zeros(batch.valid.numel(), case.D)
+            tiles = list(ContrastiveMI(table, cosine=True, match_negatives=None)._tiles(rows))
+            turns.add((case.negatives, table.covers_batch, len(tiles) > 1))
+    assert turns == set(product(("sequence", "batch"), (True, False), (True, False)))
