@@ -23,45 +23,61 @@ class RankTable(NamedTuple):
 
     token: Tensor  # [S, R] int32, place in its group of the token of each rank; 0 beyond N
     word: Tensor  # [S, R] int32, its batch-unique word; -1 for padding and beyond N
-    count: Tensor  # [S, 2] int32, anchors and valid tokens: the former have the first ranks, then come the others
+    size: Tensor  # [S, 2] int32, anchors and valid tokens: the former have the first ranks, then come the others
     first_pair: Tensor  # [S, A+1] int32, the first pair of the anchor of each rank, and where its group's pairs end
     num_negatives: Tensor  # [S, A] int32, of the anchor of each rank
     num_pairs: int
 
 
+class AnchorNumbers(NamedTuple):
+    """Of the batch's anchors in token order."""
+
+    first_pair: np.ndarray  # [anchors + 1], and the number of pairs
+    word_length: np.ndarray  # [anchors + 1], and a 0
+
+
+def anchor_numbers(word_length: np.ndarray) -> AnchorNumbers:
+    """From the lengths `[W]` of the words of two tokens or more, in the order of the batch."""
+    num_anchors = word_length - 1  # [W]; they have word_length - 1, .., 2, 1 pairs
+    length = np.repeat(word_length, num_anchors)  # [anchors]
+    place = np.arange(len(length)) - np.repeat(np.cumsum(num_anchors) - num_anchors, num_anchors)
+    first_pair = np.zeros(len(length) + 1, np.int64)
+    np.cumsum(length - 1 - place, out=first_pair[1:])
+    return AnchorNumbers(first_pair, np.append(length, 0))
+
+
 def rank_tables(
-    word: np.ndarray, is_valid: np.ndarray, is_anchor: np.ndarray, word_length: np.ndarray
+    word: np.ndarray, is_valid: np.ndarray, is_anchor: np.ndarray, anchors: AnchorNumbers
 ) -> dict[str, np.ndarray]:
     """The tensors of a `RankTable`.
 
     Args:
         word, is_valid, is_anchor: `[S, N]`, of each token of each group.
-        word_length: `[W]` tokens of each word of two or more, in the order of the batch.
+        anchors: of the batch.
     """
     S, N = word.shape
     R = -(-N // RANK_ALIGNMENT) * RANK_ALIGNMENT
-    kind = np.where(is_anchor, np.int8(0), np.where(is_valid, np.int8(1), np.int8(2)))  # [S, N]
-    order = np.argsort(kind, axis=1, kind="stable")  # [S, N]; of bytes, hence a radix sort
     num_anchors, num_valid = is_anchor.sum(axis=1), is_valid.sum(axis=1)  # [S] each
-    token = np.zeros((S, R), np.int32)
-    token[:, :N] = order
-    rank_word = np.full((S, R), -1, np.int32)
-    rank_word[:, :N] = np.take_along_axis(word, order, axis=1)
-
-    # of the batch's anchors in token order: a word of n tokens has n - 1, of n - 1, n - 2, .. 1 pairs
-    first = np.cumsum(word_length - 1) - (word_length - 1)  # [W] a word's first anchor
-    length = np.repeat(word_length, word_length - 1)  # [anchors]
-    num_positives = length - 1 - (np.arange(len(length)) - np.repeat(first, word_length - 1))
-    first_pair = np.concatenate([[0], np.cumsum(num_positives)])  # [anchors + 1]
+    place = np.arange(N, dtype=np.int32)
+    anchors_so_far = np.cumsum(is_anchor, axis=1, dtype=np.int32)  # [S, N], this token included
+    valid_so_far = np.cumsum(is_valid, axis=1, dtype=np.int32)
+    rank_of_other = num_anchors[:, None].astype(np.int32) + valid_so_far - anchors_so_far - 1
+    rank = np.where(is_anchor, anchors_so_far - 1, rank_of_other)  # [S, N]
+    if not is_valid.all():
+        rank = np.where(is_valid, rank, num_valid[:, None].astype(np.int32) + place - valid_so_far)
+    rank += (np.arange(S, dtype=np.int32) * R)[:, None]  # flat
+    token = np.zeros(S * R, np.int32)
+    token[rank] = place
+    rank_word = np.full(S * R, -1, np.int32)
+    rank_word[rank] = word
 
     A = int(num_anchors.max(initial=0))
-    anchors_before = np.cumsum(num_anchors) - num_anchors  # [S]
-    anchor = anchors_before[:, None] + np.minimum(np.arange(A + 1), num_anchors[:, None])  # [S, A+1]
-    length = np.append(length, 0)
+    before = np.cumsum(num_anchors) - num_anchors  # [S]
+    anchor = before[:, None] + np.minimum(np.arange(A + 1), num_anchors[:, None])  # [S, A+1]
     return {
-        "token": token,
-        "word": rank_word,
-        "count": np.stack([num_anchors, num_valid], axis=1),
-        "first_pair": first_pair[anchor],
-        "num_negatives": num_valid[:, None] - length[anchor[:, :A]],
+        "token": token.reshape(S, R),
+        "word": rank_word.reshape(S, R),
+        "size": np.stack([num_anchors, num_valid], axis=1),
+        "first_pair": anchors.first_pair[anchor],
+        "num_negatives": num_valid[:, None] - anchors.word_length[anchor[:, :A]],
     }

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from carma_kernels._ranks import RankTable, rank_tables
+from carma_kernels._ranks import RankTable, anchor_numbers, rank_tables
 from carma_kernels.pairs import NO_TOKEN, PairIndex
 
 NO_WORD = -1
@@ -193,15 +193,15 @@ class TokenSpans:
         of_tokens = (word, valid, continues)
         in_one_row = [table.reshape(1, B * T) for table in of_tokens]
         batch_tables = _contrast_tables(*in_one_row, np.zeros(1, np.int32))
-        of_several = length[length > 1]
+        anchors = anchor_numbers(length[length > 1])
         host, layout = _concatenate(
             {
                 "word": word,
                 "spans": spans,
                 **{f"sequence_{name}": table for name, table in sequence_tables.items()},
                 **{f"batch_{name}": table for name, table in batch_tables.items()},
-                **{f"sequence_rank_{name}": table for name, table in rank_tables(*of_tokens, of_several).items()},
-                **{f"batch_rank_{name}": table for name, table in rank_tables(*in_one_row, of_several).items()},
+                **{f"sequence_rank_{name}": table for name, table in rank_tables(*of_tokens, anchors).items()},
+                **{f"batch_rank_{name}": table for name, table in rank_tables(*in_one_row, anchors).items()},
             }
         )
         num_pairs = int((length * (length - 1) // 2).sum())
