@@ -48,11 +48,11 @@ BACKENDS = [Backend("torch", tolerance={FP64: 1e-9, FP32: 1e-5, FP16: 1e-5, BF16
 DRAWINGS = {
     # every kind of sequence at once
     "mixed": (
+        "__________",  # nothing valid: token 0, which a slip in an index reads, is padding
         "aabb.cdddd",  # words side by side, a token in no word, a word of one token, a longer one
         "aab.cc____",  # padding
         "aaaaaaa___",  # a word that covers its sequence: it has negatives elsewhere only
         "..........",  # no word: foreign to the other sequences, but among the negatives of a batch
-        "__________",  # nothing valid
     ),
     # every token valid and every sequence with a word: the hidden states can be used as they lie
     "dense": ("aaabbccc", "aabbbbcc"),
@@ -165,8 +165,8 @@ def make_batch(case: Case, *, poison: bool = False, seed: int = 0) -> Batch:
     # a common part, so that neither similarities nor changes between layers are those of pure noise
     hidden = case.scale * (0.5 * hidden + torch.randn(1, B, 1, case.D, generator=generator, dtype=FP64))
     if case.zero_vectors:
-        hidden[0, 0, [0, 3, 4]] = 0  # in "mixed": an anchor, a positive, a token in no word
-        hidden[-1, 0, 1] = 1e-9 / case.D  # shorter than the shortest vector that has a direction
+        hidden[0, 1, [0, 3, 4]] = 0  # in "mixed": an anchor, a positive, a token in no word
+        hidden[-1, 1, 1] = 1e-9 / case.D  # shorter than the shortest vector that has a direction
     hidden = hidden.to(case.dtype).to(FP64)
     if poison:
         hidden[:, ~valid] = torch.nan
@@ -252,6 +252,10 @@ MI_CASES = [
         FP16,
         BF16,
     ),
+    # dot products of a million, as real hidden states have: all or nothing for every softmax, and exact in fp32 if
+    # similarities are first of all subtracted from each other
+    *in_dtypes([Case(metric="dot", scale=100.0, negatives=n) for n in ("sequence", "batch")], FP64, FP32),
+    Case(metric="dot", scale=100.0, negatives="listed"),
     # |x| = 300, whose squares fp16 cannot hold
     Case(scale=300.0, dtype=FP16),
     Case(scale=300.0, dtype=FP16, negatives="listed"),

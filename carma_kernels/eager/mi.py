@@ -101,9 +101,9 @@ class ContrastiveMI:
             anchors, anchor_scale = self._anchors(tile, rows, norm)
             score = self._scores(anchors, keys, anchor_scale, key_scale, inverse_temperature)
             z = state.log_negatives[:, tile.anchors]  # [S, a]
-            # exp(s - z) * pull in one exponential; an anchor without negatives or positives pulls on nothing
-            shift = torch.where(z > -math.inf, z - state.pull[:, tile.anchors].log(), math.inf)
-            weight = torch.exp(score - shift[:, :, None]).masked_fill_(~tile.is_negative, 0.0)  # [S, a, V]
+            # similarities are subtracted from each other before anything else: dot products may be in the thousands
+            weight = (score - z[:, :, None]).exp_().masked_fill_(~tile.is_negative, 0.0)  # [S, a, V]
+            weight *= state.pull[:, tile.anchors, None]
             weight -= torch.where(tile.is_positive, self._matched(z, tile)[:, :, None] - score, -math.inf).sigmoid_()
             weight *= grad
             work = score.mul_(weight)  # W_ij s_ij

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import carma_kernels as ck
 from carma_kernels.measure import peak_memory
-from tests.cases import BACKENDS, FP32, Backend
+from tests.cases import BACKENDS, BF16, FP32, Backend
 
 pytestmark = [
     pytest.mark.usefixtures("users_defaults"),  # deterministic mode has operators, and memory, of its own
@@ -83,6 +83,16 @@ def test_the_papers_batch(backend: Backend, name: str, spans: Callable[[int, int
     loss = losses(spans(16, 58), backend)[name]
     assert peak(loss, hidden, backend) <= 2 * hidden.nbytes
     assert kept(loss, hidden, backend) <= 0.01 * hidden.nbytes
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_half_precision(backend: Backend, name: str) -> None:
+    """What is computed in fp32 is a few layers at a time, however many there are."""
+    hidden = states((24, 16, 58, 256), backend).detach().to(BF16).requires_grad_()
+    loss = losses(sparse(16, 58), backend)[name]
+    layer = hidden[0].numel() * FP32.itemsize
+    assert peak(loss, hidden, backend) <= hidden.nbytes + 8 * layer
+    assert kept(loss, hidden, backend) <= 0.02 * hidden.nbytes
 
 
 @pytest.mark.parametrize("name", NAMES)

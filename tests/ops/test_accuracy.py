@@ -83,6 +83,7 @@ def test_mi_of_confident_positives(backend: Backend, dtype: torch.dtype, p: floa
         Case(D=64, metric="dot", temperature=8.0),
         Case(D=64, drawing="dense", temperature=1.0),
         Case(D=64, scale=300.0),
+        Case(D=64, metric="dot", scale=30.0),
     ],
     ids=str,
 )
