@@ -55,7 +55,7 @@ def pairwise_similarity(
     Args:
         hidden_states: `[L, B, T, D]` or L times `[B, T, D]`; fp16, bf16, fp32 or fp64; not stacked, not written to.
         metric: "cosine" or "dot".
-        temperature: tau, a number > 0 or a 0-d tensor, which gets its gradient.
+        temperature: tau, a number > 0, or a 0-d tensor, which gets its gradient and whose value is not looked at.
         mask: `[B, T]`, non-zero for valid tokens; rows and columns of the others are 0 and have no gradient.
         layers: `(start, end)`, both included; None for all.
         out_dtype: of the result, fp32 if None.
@@ -103,7 +103,7 @@ def mi_loss(
             with L the number of layers in the loss).
         negatives: with `TokenSpans`, "sequence" for all valid tokens of the anchor's sequence outside its word (the
             paper's), "batch" for all of the batch. With a `PairIndex` leave it as it is.
-        temperature: tau, a number > 0 or a 0-d tensor, which gets its gradient.
+        temperature: tau, a number > 0, or a 0-d tensor, which gets its gradient and whose value is not looked at.
         metric: "cosine" or "dot".
         layers: `(start, end)`, both included; None for all.
         match_negatives: k > 0, to add `log(k / number of negatives)` to `z_i`: the exact loss then estimates, without
@@ -258,8 +258,11 @@ class _Backend(Protocol):
 
 
 def _implementation(backend: str | None, device: torch.device) -> _Backend:
-    modules: dict[str, _Backend] = {"torch": eager}
-    return modules[_backend.choose(backend, device)[0]]
+    if _backend.choose(backend, device)[0] == "torch":
+        return eager
+    from carma_kernels import ops  # imports Triton
+
+    return ops
 
 
 def _similarity(metric: str, temperature: float | Tensor, first: Tensor) -> Similarity:

@@ -6,6 +6,7 @@ A *word* is a half-open token range `[start, end)` of one sequence. Words of two
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -190,8 +191,7 @@ class TokenSpans:
         sequence_tables = _contrast_tables(
             word[of_active], valid[of_active], continues[of_active], active * np.int32(T)
         )
-        of_tokens = (word, valid, continues)
-        in_one_row = [table.reshape(1, B * T) for table in of_tokens]
+        in_one_row = (word.reshape(1, B * T), valid.reshape(1, B * T), continues.reshape(1, B * T))
         batch_tables = _contrast_tables(*in_one_row, np.zeros(1, np.int32))
         anchors = anchor_numbers(length[length > 1])
         host, layout = _concatenate(
@@ -200,7 +200,10 @@ class TokenSpans:
                 "spans": spans,
                 **{f"sequence_{name}": table for name, table in sequence_tables.items()},
                 **{f"batch_{name}": table for name, table in batch_tables.items()},
-                **{f"sequence_rank_{name}": table for name, table in rank_tables(*of_tokens, anchors).items()},
+                **{
+                    f"sequence_rank_{name}": table
+                    for name, table in rank_tables(word, valid, continues, anchors).items()
+                },
                 **{f"batch_rank_{name}": table for name, table in rank_tables(*in_one_row, anchors).items()},
             }
         )
@@ -245,8 +248,8 @@ class TokenSpans:
         )
 
     def _rank_table(self, negatives: str) -> RankTable:
-        tables = [self._view(f"{negatives}_rank_{name}") for name in RankTable._fields[:-1]]
-        return RankTable(*tables, self.num_pairs)
+        tables = {name: self._view(f"{negatives}_rank_{name}") for name in RankTable._fields[:-1]}
+        return RankTable(num_pairs=self.num_pairs, **tables)
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> TokenSpans:
         """The same spans on `device`, in one copy; `self` if they are there already."""
@@ -337,23 +340,16 @@ class TokenSpans:
 
     def _view(self, name: str) -> Tensor:
         offset, shape = self._layout[name]
-        return self._packed[offset : offset + _numel(shape)].view(shape)
+        return self._packed[offset : offset + math.prod(shape)].view(shape)
 
     def _host_view(self, name: str) -> Tensor:
         offset, shape = self._layout[name]
-        return self._host[offset : offset + _numel(shape)].view(shape)
+        return self._host[offset : offset + math.prod(shape)].view(shape)
 
     def __repr__(self) -> str:
         """Shape, counts and device."""
         B, T = self.shape
         return f"TokenSpans(B={B}, T={T}, anchors={self.num_anchors}, pairs={self.num_pairs}, device={self.device})"
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    numel = 1
-    for size in shape:
-        numel *= size
-    return numel
 
 
 def _concatenate(tables: dict[str, np.ndarray]) -> tuple[Tensor, _Layout]:

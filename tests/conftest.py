@@ -36,3 +36,9 @@ def poisoned_memory() -> Iterator[None]:
 def users_defaults(poisoned_memory: None) -> None:
     """As torch comes: without deterministic mode, whose operators are others and which writes to new memory."""
     torch.set_deterministic_debug_mode("default")
+
+
+@pytest.fixture
+def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a user's CPU: the tests of the kernels ask for Triton's interpreter, which lets them run there."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)

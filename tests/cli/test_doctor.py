@@ -14,6 +14,8 @@ from carma_kernels import doctor
 from carma_kernels.__main__ import main
 from tests.cli import processes
 
+pytestmark = pytest.mark.usefixtures("no_interpreter")
+
 
 @pytest.fixture(autouse=True)
 def no_variable(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,7 +69,7 @@ def test_json_says_the_same(report):
 @pytest.mark.parametrize("value", ["nonsense", "triton"])
 def test_a_variable_that_cannot_be_followed(report, monkeypatch, value: str):
     monkeypatch.setenv("CARMA_KERNELS_BACKEND", value)
-    with pytest.raises((ValueError, NotImplementedError)) as refused:
+    with pytest.raises(ValueError, match="CARMA_KERNELS_BACKEND") as refused:
         carma_kernels.choose_backend(None, "cpu")
     status, out = report()
     assert status == 1

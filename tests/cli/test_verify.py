@@ -16,6 +16,8 @@ from carma_kernels import PairIndex, eager, verify
 from carma_kernels.__main__ import main
 from carma_kernels.verify import CHECKS, TOLERANCE, Check, Problem, random_problem
 
+pytestmark = pytest.mark.usefixtures("no_interpreter")
+
 MI = Check("mi_loss", "sequence", "cosine")
 Terms = Callable[..., tuple[Tensor, Tensor]]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -146,11 +147,16 @@ def call_with_variable(function: str, value: str) -> object:
             os.environ["CARMA_KERNELS_BACKEND"] = before
 
 
+def without_triton(name: str) -> object:
+    with mock.patch("importlib.util.find_spec", return_value=None):
+        return ck.choose_backend(name, "cuda")
+
+
 ALLOWED = "must be 'torch' or 'triton' (or left out)"
-NOT_BUILT: list[Row] = [("triton", NotImplementedError, "triton", "use 'torch', which runs on every device")]
+NOT_HERE: list[Row] = [("triton", ValueError, "tensors on cpu", "use 'torch', which runs on every device")]
 UNKNOWN: list[Row] = [(value, ValueError, repr(value), ALLOWED) for value in ("nonsense", "Torch")]
 BACKENDS = [
-    *bad(FUNCTIONS, "backend", [*UNKNOWN, *NOT_BUILT, ("", ValueError, "''", ALLOWED), (1, ValueError, "1", ALLOWED)]),
+    *bad(FUNCTIONS, "backend", [*UNKNOWN, *NOT_HERE, ("", ValueError, "''", ALLOWED), (1, ValueError, "1", ALLOWED)]),
     *(
         row
         for function in FUNCTIONS
@@ -158,10 +164,16 @@ BACKENDS = [
             function,
             lambda value, f=function: call_with_variable(f, value),
             "CARMA_KERNELS_BACKEND",
-            [*UNKNOWN, *NOT_BUILT],
+            [*UNKNOWN, *NOT_HERE],
         )
     ),
-    *bad_values("choose_backend", lambda name: ck.choose_backend(name, "cpu"), "backend", [*UNKNOWN, *NOT_BUILT]),
+    *bad_values("choose_backend", lambda name: ck.choose_backend(name, "cpu"), "backend", [*UNKNOWN, *NOT_HERE]),
+    *bad_values(
+        "choose_backend without Triton",
+        without_triton,
+        "backend",
+        [("triton", RuntimeError, "Triton is not installed", "pip install triton")],
+    ),
 ]
 
 NO_CONFIGS: list[Row] = [

@@ -11,6 +11,8 @@ import carma_kernels as ck
 from carma_kernels import CarmaConfig, PairIndex, TokenSpans
 from tests.validation.calls import FUNCTIONS, HIDDEN, PAIRS, SPANS, WITH_MASK, WITH_PAIRS, WITH_TEMPERATURE, B, T, call
 
+pytestmark = pytest.mark.usefixtures("no_interpreter")
+
 FORMS = {
     "tensor": HIDDEN,
     "list": list(HIDDEN),

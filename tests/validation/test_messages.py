@@ -14,6 +14,8 @@ from tests.validation.bad_options import BACKENDS, CONFIGS, OPTIONS, TOTALS
 from tests.validation.bad_spans import SPANS_AND_PAIRS
 from tests.validation.house_style import Bad, assert_house_style, raised_at
 
+pytestmark = pytest.mark.usefixtures("no_interpreter")
+
 BAD = [*HIDDEN_STATES, *OPTIONS, *BACKENDS, *CONFIGS, *TOTALS, *SPANS_AND_PAIRS]
 PACKAGE = Path(carma_kernels.__file__).parent
 CHECKING = ("_backend.py", "_validate.py", "config.py", "functional.py", "modules.py", "pairs.py", "spans.py")

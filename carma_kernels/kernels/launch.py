@@ -1,0 +1,182 @@
+"""How the kernels are launched: one table, with the reason for each threshold; nothing is tuned while training runs.
+
+A kernel has a list of configurations, and a launch takes the first that fits. A test that wants small tiles replaces a
+kernel's entry in `TABLE`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """Block sizes, and where they may be used."""
+
+    constants: Mapping[str, int]
+    """Compile-time constants of the kernel."""
+    num_warps: int = 4
+    num_stages: int = 3
+    max_size: float = math.inf
+    """Largest size that decides (see `TABLE`) for which this configuration is meant."""
+    min_bytes: int = 2
+    max_bytes: int = 4
+    """Bytes of an element, at least and at most."""
+    shared_memory: int = 0
+    """Bytes of shared memory that a device must have: those of a program, or of several where one would not do."""
+    max_registers: int | None = None
+    """Registers a thread may use, at most; None to leave it to the compiler. NVIDIA only."""
+
+    def fits(self, target: Target, size: int, element_bytes: int) -> bool:
+        """Whether it can be used."""
+        return (
+            size <= self.max_size
+            and self.min_bytes <= element_bytes <= self.max_bytes
+            and self.shared_memory <= target.shared_memory
+        )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of the launch."""
+        options = {**self.constants, "num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options if self.max_registers is None else {**options, "maxnreg": self.max_registers}
+
+
+@dataclass(frozen=True)
+class Target:
+    """What decides about a device."""
+
+    name: str
+    shared_memory: int
+    """Bytes a program may use."""
+
+
+TARGETS = {
+    target.name: target
+    for target in (
+        Target("sm_80", 163 * 1024),
+        Target("sm_90", 227 * 1024),
+        Target("sm_100", 227 * 1024),
+        Target("gfx942", 64 * 1024),
+    )
+}
+INTERPRETER = Target("interpreter", 227 * 1024)
+
+
+def _whole_rows(elements: int) -> list[Configuration]:
+    """A program holds whole rows, so that a row's sum needs no second program; `elements` in all, at 4 warps."""
+    return [
+        Configuration(
+            {"BLOCK_ROWS": max(1, elements // width), "BLOCK_D": width},
+            num_warps=min(16, max(4, 4 * width // elements)),
+            max_size=width,
+        )
+        for width in (32, 128, 512, 1024, 2048, 4096, 8192, 16384)
+    ]
+
+
+def _short(tokens: int, columns: int, buffers: int, **rest: Any) -> Configuration:
+    constants = {"BLOCK_T": tokens, "BLOCK_D": columns, "NUM_BUFFERS": buffers}
+    return Configuration(constants, max_size=tokens, **rest)
+
+
+_TWO_OF_96_KB = 2 * 97 * 1024  # with the kilobyte that the system takes of each program's
+
+
+def _tile(rows: int, columns: int, width: int, pieces: int, **rest: Any) -> Configuration:
+    """A tile of a Gram matrix, its epilogue in pieces."""
+    constants = {"BLOCK_M": rows, "BLOCK_N": columns, "BLOCK_D": width, "PIECES": pieces}
+    return Configuration(constants, **rest)
+
+
+def _rows_of_product(rows: int, depth: int, width: int, pieces: int, **rest: Any) -> Configuration:
+    """A tile of a matrix product, `depth` of the inner dimension at a time, its epilogue in pieces."""
+    constants = {"BLOCK_M": rows, "BLOCK_K": depth, "BLOCK_D": width, "PIECES": pieces}
+    return Configuration(constants, **rest)
+
+
+TABLE: dict[str, list[Configuration]] = {
+    # size: D. A tile and the one before it: 80 registers a thread
+    "stability_forward": _whole_rows(4096),
+    # size: D. Three tiles in fp32: half as many elements keep as many programs on a multiprocessor
+    "stability_backward": _whole_rows(2048),
+    # size: tokens of a group. Up to 64: a larger score matrix does not stay in registers
+    "short_forward": [
+        _short(16, 128, 3, max_bytes=2),
+        _short(32, 128, 3, max_bytes=2),
+        _short(64, 64, 3, max_bytes=2),
+        _short(16, 64, 3),
+        _short(32, 64, 3),
+        _short(64, 32, 3, num_warps=8),
+    ],
+    # size: tokens of a group
+    "short_backward": [
+        _short(16, 64, 3, max_bytes=2),
+        _short(32, 64, 3, max_bytes=2),
+        _short(64, 64, 3, max_bytes=2, num_warps=8, shared_memory=88 * 1024),
+        _short(64, 32, 2, max_bytes=2),
+        _short(16, 32, 2),
+        _short(32, 32, 2),
+        _short(64, 32, 2, num_warps=8),
+    ],
+    # size: tokens of a group, in all three. A multiprocessor holds two programs of 8 warps at 128 registers a thread,
+    # with 96 KB of shared memory each; where it does not have that, smaller tiles, as for fp32 without tensor cores.
+    "mi_scores": [
+        _tile(64, 64, 32, pieces=4, min_bytes=4),
+        _tile(128, 128, 64, pieces=8, num_warps=8, shared_memory=_TWO_OF_96_KB),
+        _tile(64, 128, 64, pieces=8, shared_memory=72 * 1024),
+        _tile(64, 128, 64, pieces=8, num_stages=2),
+    ],
+    "mi_weights": [
+        _tile(64, 64, 32, pieces=4, min_bytes=4),
+        _tile(128, 128, 64, pieces=8, num_warps=8, shared_memory=_TWO_OF_96_KB, max_registers=128),
+        _tile(64, 64, 64, pieces=4, shared_memory=72 * 1024),
+        _tile(64, 64, 64, pieces=4, num_stages=2),
+    ],
+    "mi_gradient": [
+        _rows_of_product(64, 32, 64, pieces=2, min_bytes=4),
+        _rows_of_product(128, 64, 128, pieces=4, num_warps=8, shared_memory=_TWO_OF_96_KB),
+        _rows_of_product(64, 64, 128, pieces=4, shared_memory=72 * 1024),
+        _rows_of_product(64, 64, 128, pieces=4, num_stages=2),
+    ],
+    # size: T
+    "similarity_norms": [Configuration({"BLOCK_T": 16, "BLOCK_D": 256})],
+    # size: T. A tile of the matrix, square because its mirror image is stored too; a larger one spills
+    "similarity_tiles": [
+        Configuration({"BLOCK_T": 16, "BLOCK_D": 128}, max_size=16),
+        Configuration({"BLOCK_T": 32, "BLOCK_D": 64}, max_size=32),
+        Configuration({"BLOCK_T": 64, "BLOCK_D": 64}, max_bytes=2),
+        Configuration({"BLOCK_T": 32, "BLOCK_D": 64}),
+    ],
+    # size: T
+    "similarity_backward": [
+        Configuration({"BLOCK_T": 16, "BLOCK_J": 16, "BLOCK_D": 128}, max_size=16),
+        Configuration({"BLOCK_T": 64, "BLOCK_J": 32, "BLOCK_D": 128}, num_warps=8, max_bytes=2),
+        Configuration({"BLOCK_T": 32, "BLOCK_J": 32, "BLOCK_D": 128}, num_warps=8, num_stages=2),
+    ],
+    # size: D
+    "pairs_forward": [Configuration({"BLOCK_D": 256})],
+    # size: D, a row of which is one program's
+    "pairs_backward": [
+        Configuration({"BLOCK_D": width}, num_warps=max(1, width // 512), max_size=width)
+        for width in (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+    ],
+}
+
+
+def choose(kernel: str, target: Target, size: int, element_bytes: int) -> Configuration | None:
+    """The configuration of a launch, None if the kernel has none for it.
+
+    Args:
+        kernel: its name in `TABLE`.
+        target: the device.
+        size: what decides for this kernel, see `TABLE`.
+        element_bytes: of the hidden states.
+    """
+    for configuration in TABLE[kernel]:
+        if configuration.fits(target, size, element_bytes):
+            return configuration
+    return None

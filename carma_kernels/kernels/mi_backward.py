@@ -1,0 +1,460 @@
+"""The gradient of the MI loss against all negatives of a group. Letters as in `carma_kernels.kernels.mi`.
+
+    M             = W + W^T
+    d loss/d h_i  = r_i / tau sum_j M_ij r_j h_j  -  r_i^2 h_i sum_j M_ij s_ij
+
+(the dot product has r = 1 and no second term).
+
+    weights       tiles of anchors x keys -> M' = M_ij r_i r_j, in the dtype of the hidden states, and the sums of
+                  M'_ij h_i.h_j over its rows and columns. One dot product and the statistics of both its tokens give M
+                  whole: nothing is transposed.
+    gradient      rows of M' H: an anchor's over all keys, another token's over the anchors alone. Every row is written
+                  once, with its projection and the stability loss's stencil.
+
+The projection is made from M' as it was rounded; from the exact one, the error would grow with the mean similarity.
+"""
+
+import triton
+import triton.language as tl
+
+from carma_kernels.kernels.mi import (
+    MINUS_INFINITY,
+    NO_ANCHOR,
+    NO_WORD,
+    gram,
+    group_sizes,
+    halves,
+    may_hold_positives,
+    scores,
+)
+from carma_kernels.kernels.tiles import (
+    dot,
+    has_layer,
+    layer_pointer,
+    load_rows,
+    load_stencil,
+    pid64,
+    rounded,
+    softplus_sigmoid,
+    stencil,
+)
+
+INFINITY = tl.constexpr(float("inf"))
+LARGEST_HALF = tl.constexpr(65504.0)
+
+
+@triton.jit(do_not_specialize=["first_layer", "first_state", "first_group", "first_anchor", "first_key", "S", "N", "A"])
+def _mi_weights_kernel(
+    hidden_table,  # [L] addresses of [S, N, D]
+    out_table,  # [L] addresses of the gradients, 0 for none
+    token_ptr,  # [S, R]
+    word_ptr,  # [S, R]
+    size_ptr,  # [S, 2]
+    inverse_norm_ptr,  # [layers, S, N]
+    inverse_temperature_ptr,  # 0-d
+    anchor_state_ptr,  # [layers, S, 2, A]
+    range_scale_ptr,  # [layers] what M' is multiplied by, where it would leave the range of fp16
+    weight_ptr,  # [layers and groups of this launch, ROWS, COLUMNS] M'
+    row_sum_ptr,  # [layers and groups of this launch, key blocks, ROWS] of M' and the dot products
+    column_sum_ptr,  # [layers and groups of this launch, anchor blocks, COLUMNS]
+    first_layer,
+    first_state,
+    first_group,
+    first_anchor,
+    first_key,
+    ROWS,
+    COLUMNS,
+    S,
+    N,
+    D,
+    R,
+    A,
+    DTYPE: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    COSINE: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    RESCALE: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PIECES: tl.constexpr,
+):
+    """One tile of M'. Grid (anchor blocks * key blocks of the workspace, its groups, its layers)."""
+    anchor_blocks = ROWS // BLOCK_M
+    anchor_block = tl.program_id(0) % anchor_blocks
+    key_block = tl.program_id(0) // anchor_blocks
+    anchor_start = first_anchor + anchor_block * BLOCK_M
+    key_start = first_key + key_block * BLOCK_N
+    group = first_group + pid64(1)
+    num_anchors, num_valid = group_sizes(size_ptr, group)
+    layer = first_layer + tl.program_id(2)
+    if (anchor_start >= num_anchors) | (key_start >= num_valid):
+        return
+    if not has_layer(out_table, layer):
+        return
+    hidden_ptr = layer_pointer(hidden_table, layer, DTYPE, ALIGNMENT) + group * N * D
+    state = first_state + pid64(2)
+    anchor_state_ptr += (state * S + group) * 2 * A
+    token_ptr += group * R
+    word_ptr += group * R
+    rank = anchor_start + tl.arange(0, BLOCK_M)
+    is_anchor = rank < num_anchors
+    anchor_token = tl.load(token_ptr + tl.minimum(rank, num_anchors - 1))
+    key_token = tl.load(token_ptr + tl.minimum(key_start + tl.arange(0, BLOCK_N), num_valid - 1))
+    dots = gram(hidden_ptr, anchor_token, key_token, D, EVEN_D, PRECISION, INTERPRETED, BLOCK_M, BLOCK_N, BLOCK_D)
+    inverse_temperature = tl.load(inverse_temperature_ptr)
+    norm_scale = tl.full((BLOCK_M,), 1.0, tl.float32)
+    if COSINE:
+        inverse_norm_ptr += (state * S + group) * N
+        norm_scale = tl.load(inverse_norm_ptr + anchor_token)
+    scale = norm_scale * inverse_temperature
+    if RESCALE:
+        norm_scale *= tl.load(range_scale_ptr + state)
+    anchor_word = tl.where(is_anchor, tl.load(word_ptr + rank), NO_ANCHOR)
+    z = tl.load(anchor_state_ptr + rank, mask=is_anchor, other=0.0)
+    shift = tl.load(anchor_state_ptr + A + rank, mask=is_anchor, other=INFINITY)
+    anchors = (scale, norm_scale, anchor_word, anchor_token, z, shift)
+    tables = (token_ptr, word_ptr, inverse_norm_ptr)
+    states = (anchor_state_ptr, anchor_state_ptr + A, num_anchors, inverse_temperature)
+    matrix = pid64(2) * tl.num_programs(1) + pid64(1)
+    row = anchor_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    column_start = key_block * BLOCK_N
+    weight_ptr += matrix * ROWS * COLUMNS + column_start
+    column_sum_ptr += (matrix * anchor_blocks + anchor_block) * COLUMNS + column_start
+    out = (weight_ptr + row[:, None] * COLUMNS, column_sum_ptr)
+    row_sum = _store_weights(
+        dots, anchors, key_start, tables, states, out, COSINE, BOUNDED, INTERPRETED, BLOCK_M, BLOCK_N, PIECES
+    )
+    if COSINE:
+        tl.store(row_sum_ptr + (matrix * (COLUMNS // BLOCK_N) + key_block) * ROWS + row, row_sum)
+
+
+@triton.jit
+def _store_weights(
+    dots,  # [BLOCK_M, BLOCK_N]
+    anchors,  # scale, norm scale, word, token, z', z - log(sum sigma): [BLOCK_M] each
+    key_start,
+    tables,
+    states,  # the group's z' and z - log(sum sigma), how many anchors have them, and 1/tau
+    out,  # [BLOCK_M, 1] each row's first element of the tile, and the first column's sum
+    COSINE: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PIECES: tl.constexpr,
+):
+    """Store a tile of M' and the sums of its columns; return those of its rows.
+
+    Rows that are no anchors and columns that are no keys are zeros, so that the gradient's loops need no masks.
+    """
+    if PIECES > 1:
+        left, right = halves(dots, BLOCK_M, BLOCK_N)
+        HALF: tl.constexpr = BLOCK_N // 2
+        row_sum = _store_weights(
+            left, anchors, key_start, tables, states, out, COSINE, BOUNDED, INTERPRETED, BLOCK_M, HALF, PIECES // 2
+        )
+        key_start += HALF
+        out = (out[0] + HALF, out[1] + HALF)
+        row_sum += _store_weights(
+            right, anchors, key_start, tables, states, out, COSINE, BOUNDED, INTERPRETED, BLOCK_M, HALF, PIECES // 2
+        )
+    else:
+        # two whole epilogues, a piece each: a correction of the weights at the positives would keep both in registers
+        key = key_start + tl.arange(0, BLOCK_N)
+        if may_hold_positives(anchors[2], tl.load(tables[1] + key)):
+            row_sum = _store_piece(dots, anchors, key, tables, states, out, COSINE, BOUNDED, True, INTERPRETED)
+        else:
+            row_sum = _store_piece(dots, anchors, key, tables, states, out, COSINE, BOUNDED, False, INTERPRETED)
+    return row_sum
+
+
+@triton.jit
+def _store_piece(
+    dots,
+    anchors,
+    key,  # [BLOCK_N]
+    tables,
+    states,
+    out,
+    COSINE: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    POSITIVES: tl.constexpr,  # there may be some
+    INTERPRETED: tl.constexpr,
+):
+    """`_store_weights` of a piece."""
+    scale, norm_scale, word, token, z, shift = anchors
+    z_ptr, shift_ptr, num_anchors, inverse_temperature = states
+    token_ptr, _, inverse_norm_ptr = tables
+    weight_ptr, column_sum_ptr = out
+    score, key_word = scores(dots, scale, key, tables, COSINE)
+    key_shift = tl.load(shift_ptr + key, mask=key < num_anchors, other=INFINITY)
+    same_word = word[:, None] == key_word[None, :]
+    is_negative = (word != NO_ANCHOR)[:, None] & (key_word != NO_WORD)[None, :] & ~same_word
+    exponent = tl.where(is_negative, score, MINUS_INFINITY)
+    if BOUNDED:  # exp(s - a) + exp(s - b) = exp(s - 1/tau) (exp(1/tau - a) + exp(1/tau - b))
+        both = tl.exp(inverse_temperature - shift)[:, None] + tl.exp(inverse_temperature - key_shift)[None, :]
+        weight = tl.exp(exponent - inverse_temperature) * both
+    else:
+        weight = tl.exp(exponent - shift[:, None]) + tl.exp(exponent - key_shift[None, :])
+    if POSITIVES:
+        distance = tl.load(token_ptr + key)[None, :] - token[:, None]
+        key_z = tl.load(z_ptr + key, mask=key < num_anchors, other=0.0)
+        _, sigma = softplus_sigmoid(tl.where(distance > 0, z[:, None], key_z[None, :]) - score)
+        weight = tl.where(same_word & (distance != 0), -sigma, weight)
+    weight *= norm_scale[:, None]
+    if COSINE:
+        weight *= tl.load(inverse_norm_ptr + tl.load(token_ptr + key))[None, :]
+    if weight_ptr.dtype.element_ty == tl.float16:
+        weight = tl.clamp(weight, -LARGEST_HALF, LARGEST_HALF)
+    stored = rounded(weight, weight_ptr.dtype.element_ty, INTERPRETED)
+    offs_n = tl.arange(0, dots.shape[1])
+    tl.store(weight_ptr + offs_n[None, :], stored)
+    product = stored.to(tl.float32) * dots
+    if COSINE:
+        tl.store(column_sum_ptr + offs_n, tl.sum(product, 0))
+    return tl.sum(product, 1)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "first_layer",
+        "first_state",
+        "first_group",
+        "first_anchor",
+        "first_key",
+        "anchor_blocks",
+        "S",
+        "N",
+    ]
+)
+def _mi_gradient_kernel(
+    hidden_table,  # [L] addresses of [S, N, D]
+    out_table,  # [L] addresses of the gradients, 0 for none
+    token_ptr,  # [S, R]
+    size_ptr,  # [S, 2]
+    inverse_norm_ptr,  # [layers, S, N]
+    inverse_temperature_ptr,  # 0-d
+    grad_sum_ptr,  # [layers] upstream
+    range_scale_ptr,  # [layers]
+    weight_ptr,  # as in _mi_weights_kernel, and so on
+    row_sum_ptr,
+    column_sum_ptr,
+    stencil_weights_ptr,  # [L, 3]
+    stencil_mask_ptr,  # [S, N] uint8
+    first_layer,
+    first_state,
+    first_group,
+    first_anchor,
+    first_key,
+    anchor_blocks,  # programs for anchors; those after them are for the other tokens
+    ROWS,
+    COLUMNS,
+    S,
+    N,
+    D,
+    R,
+    DTYPE: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    COSINE: tl.constexpr,
+    RESCALE: tl.constexpr,
+    STENCIL: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    ANCHOR_BLOCK: tl.constexpr,  # of _mi_weights_kernel
+    KEY_BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PIECES: tl.constexpr,
+):
+    """Some rows and columns of one gradient. Grid (row blocks * blocks of D, groups and layers of the workspace).
+
+    The workspace holds all keys of the anchors from `first_anchor` on, and all anchors of the keys from `first_key` on.
+    """
+    width_blocks = tl.cdiv(D, BLOCK_D)
+    block = tl.program_id(0) // width_blocks
+    width_start = tl.program_id(0) % width_blocks * BLOCK_D
+    group = first_group + pid64(1)
+    num_anchors, num_valid = group_sizes(size_ptr, group)
+    layer = first_layer + tl.program_id(2)
+    for_anchors = block < anchor_blocks
+    start = tl.where(for_anchors, block, block - anchor_blocks) * BLOCK_M  # in the workspace
+    rank_start = tl.where(for_anchors, first_anchor, first_key) + start
+    has_anchors = for_anchors & (rank_start < num_anchors)
+    has_others = (rank_start + BLOCK_M > num_anchors) & (rank_start < N) & (block >= anchor_blocks)
+    if not (has_anchors | has_others):
+        return
+    if not has_layer(out_table, layer):
+        return
+    rank = rank_start + tl.arange(0, BLOCK_M)
+    is_own = tl.where(for_anchors, rank < num_anchors, (rank >= num_anchors) & (rank < N))
+
+    group_start = group * N * D
+    hidden_ptr = layer_pointer(hidden_table, layer, DTYPE, ALIGNMENT) + group_start
+    matrix = pid64(2) * tl.num_programs(1) + pid64(1)
+    token_ptr += group * R
+    weight_ptr += matrix * ROWS * COLUMNS
+    row = start + tl.arange(0, BLOCK_M)
+    offs_k = tl.arange(0, BLOCK_K)
+    offs_d = width_start + tl.arange(0, BLOCK_D)
+    read_d = offs_d if EVEN_D else tl.minimum(offs_d, D - 1)
+    gradient = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    projection = tl.zeros((BLOCK_M,), tl.float32)
+    if for_anchors:
+        # a step's tokens are loaded in the step before: a load that a load waits for would cut the pipeline short
+        token = tl.load(token_ptr + tl.minimum(offs_k, num_valid - 1))
+        for key_start in range(0, num_valid, BLOCK_K):
+            key = key_start + offs_k
+            weight = tl.load(weight_ptr + row[:, None] * COLUMNS + key[None, :])
+            hidden = tl.load(hidden_ptr + token[:, None].to(tl.int64) * D + read_d[None, :])
+            token = tl.load(token_ptr + tl.minimum(key + BLOCK_K, num_valid - 1))
+            gradient = dot(weight, hidden, gradient, PRECISION, INTERPRETED)
+        if COSINE:
+            projection = _sum_rows(
+                row_sum_ptr + matrix * (COLUMNS // KEY_BLOCK) * ROWS + row, tl.cdiv(num_valid, KEY_BLOCK), ROWS, BLOCK_M
+            )
+    else:
+        if rank_start < num_valid:
+            token = tl.load(token_ptr + tl.minimum(offs_k, num_anchors - 1))
+            for anchor_start in range(0, num_anchors, BLOCK_K):
+                anchor = anchor_start + offs_k
+                weight = tl.load(weight_ptr + anchor[:, None] * COLUMNS + row[None, :])
+                hidden = tl.load(hidden_ptr + token[:, None].to(tl.int64) * D + read_d[None, :])
+                token = tl.load(token_ptr + tl.minimum(anchor + BLOCK_K, num_anchors - 1))
+                gradient = dot(tl.trans(weight), hidden, gradient, PRECISION, INTERPRETED)
+            if COSINE:
+                projection = _sum_rows(
+                    column_sum_ptr + matrix * (ROWS // ANCHOR_BLOCK) * COLUMNS + row,
+                    tl.cdiv(num_anchors, ANCHOR_BLOCK),
+                    COLUMNS,
+                    BLOCK_M,
+                )
+
+    token = tl.load(token_ptr + tl.minimum(rank, N - 1))
+    state = first_state + pid64(2)
+    factor = tl.load(grad_sum_ptr + state) * tl.load(inverse_temperature_ptr)
+    if RESCALE:
+        factor /= tl.load(range_scale_ptr + state)
+    if COSINE:
+        inverse_norm = tl.load(inverse_norm_ptr + (state * S + group) * N + token)
+        projection *= inverse_norm * inverse_norm
+    is_key = is_own & (rank < num_valid)
+    is_read = is_key
+    in_stability = is_key
+    weights = (0.0, 0.0, 0.0)
+    if STENCIL:
+        in_stability = is_own
+        if HAS_MASK:
+            in_stability &= tl.load(stencil_mask_ptr + group * N + token) != 0
+        is_read |= in_stability
+        weights = load_stencil(stencil_weights_ptr, layer)
+    rows = (is_own, is_read, is_key, in_stability, projection, token[:, None].to(tl.int64) * D + group_start)
+    layers = (hidden_table, out_table, layer)
+    _write_rows(
+        gradient,
+        rows,
+        factor,
+        weights,
+        layers,
+        width_start,
+        D,
+        DTYPE,
+        ALIGNMENT,
+        COSINE,
+        STENCIL,
+        INTERPRETED,
+        BLOCK_M,
+        BLOCK_D,
+        PIECES,
+    )
+
+
+@triton.jit
+def _sum_rows(row_ptr, num_rows, stride, WIDTH: tl.constexpr):
+    """Sum of some rows of a matrix, in order; `row_ptr` `[WIDTH]` points at the first one's elements."""
+    total = tl.zeros((WIDTH,), tl.float32)
+    for _ in range(num_rows):
+        total += tl.load(row_ptr)
+        row_ptr += stride
+    return total
+
+
+@triton.jit
+def _write_rows(
+    gradient,  # [BLOCK_M, BLOCK_D] sum of M' h
+    rows,  # whether to write, to read, in the MI loss, in the stability loss; projection; offset [BLOCK_M, 1]
+    factor,
+    weights,  # of the stencil
+    layers,
+    width_start,
+    D,
+    DTYPE: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    COSINE: tl.constexpr,
+    STENCIL: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PIECES: tl.constexpr,
+):
+    """Store the rows, less their projection, with the stencil; those that take part in neither loss as zeros."""
+    if PIECES > 1:
+        left, right = halves(gradient, BLOCK_M, BLOCK_D)
+        HALF: tl.constexpr = BLOCK_D // 2
+        _write_rows(
+            left,
+            rows,
+            factor,
+            weights,
+            layers,
+            width_start,
+            D,
+            DTYPE,
+            ALIGNMENT,
+            COSINE,
+            STENCIL,
+            INTERPRETED,
+            BLOCK_M,
+            HALF,
+            PIECES // 2,
+        )
+        _write_rows(
+            right,
+            rows,
+            factor,
+            weights,
+            layers,
+            width_start + HALF,
+            D,
+            DTYPE,
+            ALIGNMENT,
+            COSINE,
+            STENCIL,
+            INTERPRETED,
+            BLOCK_M,
+            HALF,
+            PIECES // 2,
+        )
+    else:
+        is_own, is_read, is_key, in_stability, projection, offset = rows
+        hidden_table, out_table, layer = layers
+        offs_d = width_start + tl.arange(0, BLOCK_D)
+        in_width = (offs_d < D)[None, :]
+        offset += offs_d[None, :]
+        hidden_ptr = layer_pointer(hidden_table, layer, DTYPE, ALIGNMENT)
+        hidden = load_rows(hidden_ptr, offset, is_read[:, None] & in_width)
+        if COSINE:
+            gradient -= projection[:, None] * hidden
+        gradient = tl.where(is_key[:, None], gradient * factor, 0.0)
+        if STENCIL:
+            mask = in_stability[:, None] & in_width
+            before, after, own = weights
+            gradient += stencil(hidden, hidden_table, layer, offset, mask, before, after, own, DTYPE, ALIGNMENT)
+        out_ptr = layer_pointer(out_table, layer, DTYPE, ALIGNMENT)
+        tl.store(out_ptr + offset, rounded(gradient, DTYPE, INTERPRETED), mask=is_own[:, None] & in_width)

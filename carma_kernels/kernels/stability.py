@@ -1,0 +1,200 @@
+"""The stability loss: one read of the hidden states forward, one read and one write backward.
+
+A program owns some rows (tokens) and walks through the layers with the previous one in registers. Sums over a layer are
+made in two stages of fixed order: a number a program and layer, then `_finalize_kernel`.
+
+With `energy_l = mean(h_l^2)`, `change_l = mean((h_{l+1} - h_l)^2)` over the N elements that take part,
+
+    r_l = change_l / (energy_l + energy_{l+1} + eps)         k_l = 2 / (N (energy_l + energy_{l+1} + eps))
+    d r_l / d h_l     = -k_l (h_{l+1} - h_l) - k_l r_l h_l
+    d r_l / d h_{l+1} =  k_l (h_{l+1} - h_l) - k_l r_l h_{l+1}
+"""
+
+import triton
+import triton.language as tl
+
+from carma_kernels.kernels.tiles import has_layer, inverse_norm, layer_pointer, load_rows, pid64, rounded
+
+
+@triton.jit(do_not_specialize=["start", "stop", "norms_start", "norms_stop", "N"])
+def _stability_forward_kernel(
+    hidden_table,  # [L] of [N, D]
+    mask_ptr,  # [N] uint8, rows in the sums
+    inverse_norms_ptr,  # [norms_stop - norms_start, N] out
+    partials_ptr,  # [2 * walked + 1, programs] out: energy of each layer, change since the one before, rows in the sums
+    start,  # first layer walked
+    stop,  # and the one after the last
+    norms_start,  # first layer whose norms are wanted
+    norms_stop,  # and the one after the last
+    N,
+    D,
+    SUMS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    INTERPRETED: tl.constexpr,  # noqa: ARG001
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Grid: blocks of rows. Squared norms and squared changes of the rows; sums over the block, inverse norms."""
+    program = pid64(0)
+    programs = tl.num_programs(0)
+    row = program * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [BLOCK_ROWS]
+    column = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    is_row = row < N
+    takes_part = is_row
+    if HAS_MASK:
+        takes_part &= tl.load(mask_ptr + row, mask=is_row, other=0) != 0
+    inside = is_row[:, None] & (column < D)[None, :]
+    offset = row[:, None] * D + column[None, :]  # [BLOCK_ROWS, BLOCK_D]
+
+    partial = partials_ptr + program
+    changes = (stop - start).to(tl.int64) * programs
+    norms = inverse_norms_ptr + (start - norms_start).to(tl.int64) * N
+    before = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float32)
+    for layer in tl.range(start, stop):
+        x = load_rows(layer_pointer(hidden_table, layer, DTYPE, ALIGNMENT), offset, inside)
+        energy = tl.sum(x * x, 1)  # [BLOCK_ROWS]
+        if SUMS:
+            if HAS_MASK:  # replaced, not multiplied: rows that take no part may hold anything
+                x = tl.where(takes_part[:, None], x, 0.0)
+            step = x - before
+            tl.store(partial, tl.sum(tl.where(takes_part, energy, 0.0), 0))
+            tl.store(partial + changes, tl.sum(tl.sum(step * step, 1), 0))
+            partial += programs
+            before = x
+        wants_norms = (layer >= norms_start) & (layer < norms_stop)
+        tl.store(norms + row, inverse_norm(energy), mask=is_row & wants_norms)
+        norms += N
+    if SUMS:
+        tl.store(partial + changes, tl.sum(takes_part.to(tl.float32), 0))
+
+
+@triton.jit
+def _row_sum(row_ptr, width, BLOCK: tl.constexpr):
+    """Sum of `width` numbers, always in the same order."""
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, width, BLOCK):
+        offset = first + tl.arange(0, BLOCK)
+        total += tl.load(row_ptr + offset, mask=offset < width, other=0.0)
+    return tl.sum(total, 0)
+
+
+@triton.jit(do_not_specialize=["mi_width", "width", "walked", "first", "num_mi", "num_steps"])
+def _finalize_kernel(
+    mi_partials_ptr,  # [num_mi, mi_width]
+    sums_ptr,  # [num_mi] out
+    num_mi,
+    mi_width,
+    partials_ptr,  # [2 * walked + 1, width] of the stability loss, see `_stability_forward_kernel`
+    losses_ptr,  # [num_steps] out, r_l
+    scale_ptr,  # [num_steps] out, k_l
+    num_steps,
+    width,
+    walked,
+    first,  # the stability loss's first layer among those walked
+    D,
+    eps,
+    BLOCK: tl.constexpr,
+):
+    """Grid: the larger of `num_mi` and `num_steps`. From partial sums to the losses of each layer."""
+    at = pid64(0)
+    if at < num_mi:
+        tl.store(sums_ptr + at, _row_sum(mi_partials_ptr + at * mi_width, mi_width, BLOCK))
+    if at < num_steps:
+        energy = partials_ptr + (first + at) * width
+        energies = _row_sum(energy, width, BLOCK) + _row_sum(energy + width, width, BLOCK)
+        change = _row_sum(energy + (walked + 1).to(tl.int64) * width, width, BLOCK)
+        rows = _row_sum(partials_ptr + 2 * walked.to(tl.int64) * width, width, BLOCK)
+        count = tl.maximum(rows * D, 1.0)
+        denominator = energies / count + eps
+        tl.store(losses_ptr + at, change / count / denominator)
+        tl.store(scale_ptr + at, 2.0 / (count * denominator))
+
+
+@triton.jit
+def step_weights(losses_ptr, scale_ptr, grad_ptr, grad_stride, step, num_steps):
+    """`k_l` and `k_l r_l` of a step, both times the upstream gradient; 0 for a step that the loss does not have."""
+    exists = (step >= 0) & (step < num_steps)
+    upstream = tl.load(grad_ptr + step * grad_stride, mask=exists, other=0.0)
+    weight = upstream * tl.load(scale_ptr + step, mask=exists, other=0.0)
+    return weight, weight * tl.load(losses_ptr + step, mask=exists, other=0.0)
+
+
+@triton.jit(do_not_specialize=["start", "num_steps", "grad_stride"])
+def _stencil_weights_kernel(
+    losses_ptr,  # [num_steps]
+    scale_ptr,  # [num_steps]
+    grad_ptr,  # [num_steps] upstream, with a stride
+    grad_stride,
+    weights_ptr,  # [L, 3] out, see `tiles.load_stencil`
+    start,  # the loss's first layer
+    num_steps,
+):
+    """Grid: L."""
+    layer = pid64(0)
+    before, pull_before = step_weights(losses_ptr, scale_ptr, grad_ptr, grad_stride, layer - start - 1, num_steps)
+    after, pull_after = step_weights(losses_ptr, scale_ptr, grad_ptr, grad_stride, layer - start, num_steps)
+    weights = weights_ptr + layer * 3
+    tl.store(weights, before)
+    tl.store(weights + 1, after)
+    tl.store(weights + 2, -(pull_before + pull_after))
+
+
+@triton.jit(do_not_specialize=["start", "num_steps", "grad_stride", "skip_start", "skip_stop", "L", "N"])
+def _stability_backward_kernel(
+    hidden_table,  # [L] of [N, D]
+    out_table,  # [L] of [N, D], 0 for a layer without gradient
+    mask_ptr,  # [N] uint8
+    losses_ptr,  # [num_steps]
+    scale_ptr,  # [num_steps]
+    grad_ptr,  # [num_steps] upstream, with a stride
+    grad_stride,
+    start,  # the loss's first layer
+    num_steps,
+    skip_start,  # layers from here
+    skip_stop,  # to before here are not written
+    L,
+    N,
+    D,
+    HAS_MASK: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Grid: blocks of rows. Every gradient but the skipped ones; zeros for layers and rows outside the loss."""
+    row = pid64(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [BLOCK_ROWS]
+    column = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    is_row = row < N
+    takes_part = is_row
+    if HAS_MASK:
+        takes_part &= tl.load(mask_ptr + row, mask=is_row, other=0) != 0
+    inside = is_row[:, None] & (column < D)[None, :]
+    reads = takes_part[:, None] & (column < D)[None, :]
+    offset = row[:, None] * D + column[None, :]  # [BLOCK_ROWS, BLOCK_D]
+
+    # rolling through the layers: h_l, h_l - h_{l-1}, and the weights of the step between them
+    first = layer_pointer(hidden_table, start, DTYPE, ALIGNMENT)
+    x = load_rows(first, offset, reads & (num_steps > 0))
+    step_in = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float32)
+    before = 0.0
+    pull_before = 0.0
+    for layer in tl.range(0, L):
+        step = layer - start
+        after, pull_after = step_weights(losses_ptr, scale_ptr, grad_ptr, grad_stride, step, num_steps)
+        has_after = (step >= 0) & (step < num_steps)
+        following = layer_pointer(hidden_table, layer + has_after.to(tl.int32), DTYPE, ALIGNMENT)
+        next_x = load_rows(following, offset, reads & has_after)
+        step_out = tl.where(has_after, next_x - x, 0.0)
+        gradient = before * step_in - after * step_out - (pull_before + pull_after) * x
+        in_loss = (step >= 0) & (step <= num_steps) & (num_steps > 0)
+        gradient = tl.where(in_loss, gradient, 0.0)
+        writes = has_layer(out_table, layer) & ((layer < skip_start) | (layer >= skip_stop))
+        out = layer_pointer(out_table, layer, DTYPE, ALIGNMENT)
+        tl.store(out + offset, rounded(gradient, DTYPE, INTERPRETED), mask=inside & writes)
+        step_in = step_out
+        x = tl.where(has_after, next_x, x)
+        before = after
+        pull_before = pull_after

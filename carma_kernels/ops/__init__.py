@@ -1,0 +1,9 @@
+"""The Triton backend: allocate, launch, and register the operators and their backward.
+
+Same functions as `carma_kernels.eager`. Importing it imports Triton.
+"""
+
+from carma_kernels.ops.carma import carma_terms
+from carma_kernels.ops.similarity import pairwise_similarity
+
+__all__ = ["carma_terms", "pairwise_similarity"]

@@ -1,0 +1,292 @@
+"""The pairwise similarity operator: one launch for the norms and one for the matrix, two for the backward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from carma_kernels._operators import forbid_double_backward
+from carma_kernels._terms import Similarity
+from carma_kernels.kernels import launch
+from carma_kernels.kernels.similarity import (
+    _similarity_backward_kernel,
+    _similarity_forward_kernel,
+    _similarity_norms_kernel,
+    _similarity_projection_kernel,
+)
+from carma_kernels.ops.layers import (
+    LayerTable,
+    ceil_div,
+    check_dtype,
+    constants,
+    destinations,
+    dot_precision,
+    empty_gradients,
+    inverse_temperature,
+    layer_views,
+    on_device,
+    readable,
+    target,
+)
+
+
+def pairwise_similarity(
+    hidden: Tensor | Sequence[Tensor],
+    layers: range,
+    similarity: Similarity,
+    mask: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """`[len(layers), B, T, T]` in `out_dtype`: see `carma_kernels.pairwise_similarity`."""
+    problem = _Problem(
+        hidden=[hidden] if isinstance(hidden, Tensor) else list(hidden),
+        mask=mask,
+        temperature=similarity.temperature if isinstance(similarity.temperature, Tensor) else None,
+        temperature_value=1.0 if isinstance(similarity.temperature, Tensor) else similarity.temperature,
+        cosine=similarity.cosine,
+        range=[layers.start, layers.stop],
+        out_dtype=out_dtype,
+    )
+    check_dtype(problem.hidden[0])
+    matrix: Tensor = _forward(*problem)[0]
+    return matrix
+
+
+class _Problem(NamedTuple):
+    """The operators' arguments, in the order of `_ARGUMENTS`."""
+
+    hidden: list[Tensor]  # [L, B, T, D] alone, or L times [B, T, D]
+    mask: Tensor | None  # [B, T]
+    temperature: Tensor | None  # 0-d
+    temperature_value: float  # if temperature is None
+    cosine: bool
+    range: list[int]
+    out_dtype: torch.dtype
+
+    @property
+    def layers(self) -> tuple[Tensor, ...]:
+        """Those of the range, `[B, T, D]` each."""
+        return layer_views(self.hidden)[slice(*self.range)]
+
+    @property
+    def inverse_temperature(self) -> Tensor:
+        """`1/tau`, 0-d on the device."""
+        return inverse_temperature(self.temperature, self.temperature_value, self.hidden[0].device)
+
+
+_ARGUMENTS = (
+    "Tensor[] hidden, Tensor? mask, Tensor? temperature, float temperature_value, bool cosine, int[] range, "
+    "ScalarType out_dtype"
+)
+
+
+@torch.library.custom_op(
+    "carma_kernels::triton_pairwise_similarity", mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor, Tensor)"
+)
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """The matrix, and the inverse norms `[L, B, T]`."""
+    problem = _Problem(*arguments)
+    matrix, inverse_norm = _empty_results(problem)
+    if matrix.numel():
+        with on_device(matrix.device):
+            launches = _Launches(problem, inverse_norm)
+            if problem.cosine:
+                launches.norms()
+            launches.forward(problem.inverse_temperature, matrix)
+    return matrix, inverse_norm
+
+
+@_forward.register_fake
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    return _empty_results(_Problem(*arguments))
+
+
+def _empty_results(problem: _Problem) -> tuple[Tensor, Tensor]:
+    layer = problem.layers[0]
+    L = len(problem.layers)
+    B, T, _ = layer.shape
+    inverse_norm_shape = (L, B, T) if problem.cosine else (0,)
+    return (
+        layer.new_empty((L, B, T, T), dtype=problem.out_dtype),
+        layer.new_empty(inverse_norm_shape, dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op(
+    "carma_kernels::triton_pairwise_similarity_backward",
+    mutates_args=(),
+    schema=(
+        f"(Tensor grad, Tensor inverse_norm, bool[] needs_grad, bool needs_work, {_ARGUMENTS}) -> (Tensor[], Tensor)"
+    ),
+)
+def _backward(
+    grad: Tensor, inverse_norm: Tensor, needs_grad: list[bool], needs_work: bool, *arguments: Any
+) -> tuple[list[Tensor], Tensor]:
+    """The gradients of the hidden states that need one, and, if asked for, `-tau` times that of the temperature."""
+    problem = _Problem(*arguments)
+    gradients = empty_gradients(problem.hidden, needs_grad)
+    all_out = destinations(problem.hidden, gradients, needs_grad)
+    chosen = slice(*problem.range)
+    out = all_out.layers[chosen] if all_out is not None else ()
+    if all_out is not None and len(out) < len(all_out):
+        for layer in (*all_out.layers[: chosen.start], *all_out.layers[chosen.stop :]):
+            if layer is not None:
+                layer.zero_()
+    has_destination = any(layer is not None and layer.numel() for layer in out)
+    work = grad.new_zeros((), dtype=torch.float32)
+    if not grad.numel() or not (has_destination or needs_work):
+        return gradients, work
+    with on_device(grad.device):
+        launches = _Launches(problem, inverse_norm)
+        grad = grad.contiguous()
+        scale = problem.inverse_temperature
+        projection = launches.projection(grad) if problem.cosine or needs_work else None
+        if has_destination:
+            launches.backward(scale, grad, projection, LayerTable(out))
+        if needs_work and projection is not None:  # sum of G s = half of sum_i r_i c_i / tau
+            projection = projection.sum(2)  # [L, B, T]
+            if problem.cosine:
+                projection = projection * inverse_norm
+            work = projection.sum() * scale * 0.5
+    return gradients, work
+
+
+@_backward.register_fake
+def _(
+    grad: Tensor,
+    inverse_norm: Tensor,  # noqa: ARG001
+    needs_grad: list[bool],
+    needs_work: bool,  # noqa: ARG001
+    *arguments: Any,
+) -> tuple[list[Tensor], Tensor]:
+    return empty_gradients(_Problem(*arguments).hidden, needs_grad), grad.new_zeros((), dtype=torch.float32)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    problem = _Problem(*inputs)
+    ctx.problem = problem._replace(hidden=[], mask=None, temperature=None)
+    ctx.has = (problem.mask is not None, problem.temperature is not None)
+    optional = [tensor for tensor in (problem.mask, problem.temperature) if tensor is not None]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1], *optional, *problem.hidden)
+
+
+def _differentiate(ctx: Any, grad: Tensor | None, _: None) -> tuple[Any, ...]:
+    inverse_norm, *tensors = ctx.saved_tensors
+    rest = iter(tensors)
+    mask, temperature = (next(rest) if present else None for present in ctx.has)
+    problem = ctx.problem._replace(hidden=list(rest), mask=mask, temperature=temperature)
+    needs_hidden = list(ctx.needs_input_grad[0])
+    needs_temperature = bool(ctx.needs_input_grad[2])
+    if grad is None:
+        return [None] * len(needs_hidden), *[None] * (len(problem) - 1)
+    gradients, work = _backward(grad, inverse_norm, needs_hidden, needs_temperature, *problem)
+    each = [gradients.pop(0) if needed else None for needed in needs_hidden]
+    grad_temperature = None
+    if temperature is not None and needs_temperature:  # d s / d tau = -s / tau
+        grad_temperature = (-work / temperature).to(temperature.dtype)
+    return each, None, grad_temperature, *[None] * (len(problem) - 3)
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup_context)
+forbid_double_backward(_backward, "pairwise_similarity")
+
+
+class _Launches:
+    """The launches over one problem's layers."""
+
+    def __init__(self, problem: _Problem, inverse_norm: Tensor) -> None:
+        """Take a problem and its inverse norms, which `norms` writes and the others read."""
+        self._hidden = readable(problem.layers)
+        self._inverse_norm = inverse_norm
+        self._mask = problem.mask.contiguous().view(torch.uint8) if problem.mask is not None else None
+        self._cosine = problem.cosine
+        self._grid = (len(self._hidden), *self._hidden.shape)  # L, B, T, D
+
+    def norms(self) -> None:
+        L, B, T, D = self._grid
+        options = self._configuration("similarity_norms")
+        _similarity_norms_kernel[(ceil_div(T, options["BLOCK_T"]), B, L)](
+            self._hidden.addresses,
+            self._mask,
+            self._inverse_norm,
+            T,
+            D,
+            HAS_MASK=self._mask is not None,
+            **constants(self._hidden),
+            **options,
+        )
+
+    def forward(self, scale: Tensor, matrix: Tensor) -> None:
+        L, B, T, D = self._grid
+        options = self._configuration("similarity_tiles")
+        _similarity_forward_kernel[(ceil_div(T, options["BLOCK_T"]) ** 2, B, L)](
+            self._hidden.addresses,
+            self._mask,
+            self._inverse_norm,
+            scale,
+            matrix,
+            T,
+            D,
+            PRECISION=dot_precision(self._hidden.present.dtype),
+            **self._flags,
+            **constants(self._hidden),
+            **options,
+        )
+
+    def projection(self, grad: Tensor) -> Tensor:
+        """`[L, B, ceil(T / BLOCK_T), T]`, to be summed over the blocks."""
+        L, B, T, D = self._grid
+        options = self._configuration("similarity_tiles")
+        num_blocks = ceil_div(T, options["BLOCK_T"])
+        projection = grad.new_empty((L, B, num_blocks, T), dtype=torch.float32)
+        _similarity_projection_kernel[(num_blocks**2, B, L)](
+            self._hidden.addresses,
+            self._mask,
+            self._inverse_norm,
+            grad,
+            projection,
+            T,
+            D,
+            PRECISION=dot_precision(self._hidden.present.dtype),
+            **self._flags,
+            **constants(self._hidden),
+            **options,
+        )
+        return projection
+
+    def backward(self, scale: Tensor, grad: Tensor, projection: Tensor | None, out: LayerTable) -> None:
+        L, B, T, D = self._grid
+        options = self._configuration("similarity_backward")
+        dtype = self._hidden.present.dtype
+        pieces = ceil_div(T, options["BLOCK_T"]) * ceil_div(D, options["BLOCK_D"])
+        _similarity_backward_kernel[(pieces, B, L)](
+            self._hidden.addresses,
+            out.addresses,
+            self._mask,
+            self._inverse_norm,
+            scale,
+            grad,
+            projection,
+            T,
+            D,
+            projection.shape[2] if projection is not None else 0,
+            PRECISION="tf32" if dtype == torch.float16 else dot_precision(dtype),
+            **self._flags,
+            **constants(self._hidden, out),
+            **options,
+        )
+
+    @property
+    def _flags(self) -> dict[str, bool]:
+        return {"HAS_MASK": self._mask is not None, "COSINE": self._cosine}
+
+    def _configuration(self, kernel: str) -> dict[str, Any]:
+        layer = self._hidden.present
+        configuration = launch.choose(kernel, target(layer.device), self._hidden.shape[1], layer.element_size())
+        if configuration is None:
+            raise AssertionError(f"no launch configuration for {kernel}")
+        return configuration.options

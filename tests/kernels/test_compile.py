@@ -1,0 +1,80 @@
+"""The kernels compile without a GPU, and the tool that says so says no when it should."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+
+def run(*arguments: str, before: str = "") -> subprocess.CompletedProcess[str]:
+    """The tool in a process of its own, after some statements: here the interpreter may be on."""
+    code = f"{before}\nfrom carma_kernels.ops.compile import main\nraise SystemExit(main({list(arguments)!r}))"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_listed_pairs_compile(target: str) -> None:
+    result = run("--targets", target, "--subset", "--only", "listed")
+    assert result.returncode == 0, result.stderr
+    lines = [line.split("\t") for line in result.stdout.splitlines()]
+    kernels = {line[1]: line for line in lines if line[0] == target}
+    assert {"pairs_forward", "pairs_backward", "stability_forward"} <= kernels.keys()
+    assert int(kernels["pairs_backward"][4]) > 8  # registers
+    assert int(kernels["pairs_backward"][8]) > 0  # 16-byte loads
+
+
+def test_a_spill_is_a_fault() -> None:
+    """128 x 128 scores are 128 registers a thread at four warps, the coefficients as many again."""
+    tile = "launch.Configuration({'BLOCK_T': 128, 'BLOCK_D': 64})"
+    before = f"from carma_kernels.kernels import launch\nlaunch.TABLE['similarity_tiles'] = [{tile}]"
+    result = run("--targets", "sm_80", "--subset", "--only", "similarity T=256 cosine", before=before)
+    assert result.returncode == 1
+    assert "similarity_projection" in result.stderr
+    assert "spills" in result.stderr
+
+
+def test_what_does_not_compile_is_a_fault() -> None:
+    blocks = "launch.Configuration({'BLOCK_D': 100})"
+    before = f"from carma_kernels.kernels import launch\nlaunch.TABLE['pairs_forward'] = [{blocks}]"
+    result = run("--targets", "sm_90", "--subset", "--only", "listed", before=before)
+    assert result.returncode == 1
+    assert "does not compile" in result.stderr
+    assert "power of 2" in result.stderr
+
+
+def test_faults() -> None:
+    from carma_kernels.kernels import launch
+    from carma_kernels.ops.compile import Compiled, Resources
+
+    good = Resources(128, 64 * 1024, spilled=0, matrix_instructions=4, wide_loads=24, multiplies_tiles=True)
+
+    def faults(target: str = "sm_90", dtype: torch.dtype = torch.bfloat16, **changed: int) -> str:
+        found = replace(good, **changed)  # type: ignore[arg-type]
+        return "; ".join(Compiled("kernel", "", dtype, launch.TARGETS[target], found).faults())
+
+    assert not faults()
+    assert not faults("gfx942")
+    assert faults(spilled=4) == "spills 4 bytes"
+    assert "shared memory" in faults("gfx942", shared_memory=64 * 1024 + 1)
+    assert not faults(shared_memory=64 * 1024 + 1)
+    assert "matrix units" in faults(matrix_instructions=0)
+    assert "16 bytes" in faults(wide_loads=0)
+    assert not faults(dtype=torch.float32, matrix_instructions=0)
+    assert not faults(matrix_instructions=0, wide_loads=0, multiplies_tiles=False)
+
+
+def test_the_interpreter_cannot_compile(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from carma_kernels.ops import compile, layers
+
+    monkeypatch.setattr(layers, "INTERPRETED", True)
+    with pytest.raises(SystemExit):
+        compile.main([])
+    assert "TRITON_INTERPRET" in capsys.readouterr().err

@@ -1,0 +1,173 @@
+"""The kernels of the stability loss against csrc_ref, beyond what `tests/ops` asks of them through `stability_loss`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import csrc_ref
+from tests.cases import BF16, FP16, FP32, FP64
+
+pytest.importorskip("triton")
+
+# of the largest gradient: the computation's error and one rounding
+TOLERANCE = {FP32: 1e-6, FP16: 2**-11 + 1e-6, BF16: 2**-8 + 1e-6}
+
+
+@pytest.fixture
+def small_tiles(tiles: Callable[..., None]) -> None:
+    """Several programs, the last one with rows to spare."""
+    tiles("stability_forward", BLOCK_ROWS=4, BLOCK_D=64)
+    tiles("stability_backward", BLOCK_ROWS=4, BLOCK_D=64)
+
+
+def make_hidden(dtype: torch.dtype = FP32, L: int = 5, D: int = 33) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(L, 2, 7, D, generator=generator) + torch.randn(2, 7, D, generator=generator)
+    return hidden.to(dtype)
+
+
+MASK = torch.tensor([[1, 1, 0, 1, 1, 0, 0], [0, 0, 0, 1, 0, 1, 1]]).bool()
+
+
+def reference(hidden: Tensor, layers: range, mask: Tensor | None, upstream: Tensor) -> tuple[Tensor, Tensor]:
+    """`r_l` of each step and the gradient of all layers, fp64."""
+    hidden = hidden.double().requires_grad_()
+    losses = csrc_ref.stability_loss(hidden, layers=(layers.start, layers.stop - 1), mask=mask, reduction="none")
+    (gradient,) = torch.autograd.grad((losses * upstream).sum(), hidden)
+    return losses.detach(), gradient
+
+
+def forward(
+    device: str, hidden: Tensor, layers: range, mask: Tensor | None, norms_layers: range = range(0)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`r_l`, `k_l`, and the inverse norms of `norms_layers`."""
+    from carma_kernels.ops.layers import readable
+    from carma_kernels.ops.stability import finalize, stability_forward
+
+    table = readable(list(hidden.to(device)))
+    inverse_norms = torch.full((len(norms_layers), 14), torch.nan, device=device)
+    partials = stability_forward(table, layers, as_bytes(mask, device), norms_layers, inverse_norms)
+    losses, scale = torch.full((2, max(0, len(layers) - 1)), torch.nan, device=device).unbind()
+    nothing = torch.empty(0, 0, device=device)
+    finalize(nothing, nothing.view(-1), partials, layers, (losses, scale), hidden.shape[-1], 1e-8)
+    return losses, scale, inverse_norms
+
+
+def backward(
+    device: str,
+    hidden: Tensor,
+    layers: range,
+    mask: Tensor | None,
+    upstream: Tensor,
+    skipped: range = range(0),
+    frozen: tuple[int, ...] = (),
+) -> Tensor:
+    """The gradient of all layers, NaN where none is written."""
+    from carma_kernels.ops.layers import LayerTable, readable
+    from carma_kernels.ops.stability import StabilityGradient, stability_backward
+
+    losses, scale, _ = forward(device, hidden, layers, mask)
+    gradient = StabilityGradient(layers, as_bytes(mask, device), losses, scale, upstream.to(device))
+    out = [torch.full_like(layer, torch.nan, device=device) for layer in hidden]
+    table = LayerTable(tuple(None if layer in frozen else room for layer, room in enumerate(out)))
+    stability_backward(readable(list(hidden.to(device))), gradient, table, skipped)
+    return torch.stack(out).cpu()
+
+
+def as_bytes(mask: Tensor | None, device: str) -> Tensor | None:
+    return None if mask is None else mask.flatten().to(device).view(torch.uint8)
+
+
+def close(actual: Tensor, wanted: Tensor, tolerance: float) -> None:
+    torch.testing.assert_close(actual.double(), wanted, rtol=0, atol=tolerance * wanted.abs().max().item())
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=str)
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize("layers", [range(5), range(1, 3), range(2, 5)], ids=str)
+def test_against_the_oracle(device: str, layers: range, masked: bool, dtype: torch.dtype) -> None:
+    hidden = make_hidden(dtype)
+    mask = MASK if masked else None
+    upstream = torch.linspace(-1, 2, len(layers) - 1)
+    wanted, wanted_gradient = reference(hidden, layers, mask, upstream)
+    if masked:
+        hidden[:, ~MASK] = torch.nan
+        hidden[:, ~MASK, ::2] = torch.inf
+    losses, _, _ = forward(device, hidden, layers, mask)
+    torch.testing.assert_close(losses.cpu().double(), wanted, rtol=1e-6, atol=0)
+    gradient = backward(device, hidden, layers, mask, upstream)
+    close(gradient, wanted_gradient, TOLERANCE[dtype])
+    outside = [layer for layer in range(5) if layer not in layers]
+    assert (gradient[outside] == 0).all()
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("layers", [range(0), range(3), range(3, 5)], ids=str)
+def test_norms_on_the_way(device: str, layers: range) -> None:
+    """Of layers in and outside the loss; 0 for a vector of no length, and for one too short to have a direction."""
+    hidden = make_hidden()
+    hidden[2, 0, 1] = 0
+    hidden[2, 0, 2] = 0.9e-8 / 33**0.5
+    hidden[2, 0, 3] = 1.1e-8 / 33**0.5
+    _, _, inverse_norms = forward(device, hidden, layers, None, norms_layers=range(2, 4))
+    norm = hidden[2:4].double().norm(dim=-1).view(2, -1)
+    wanted = torch.where(norm > 1e-8, 1 / norm, 0.0)
+    assert (wanted == 0).sum() == 2
+    torch.testing.assert_close(inverse_norms.cpu().double(), wanted, rtol=1e-6, atol=0)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_skipped_and_frozen_layers_are_not_written(device: str) -> None:
+    hidden, upstream = make_hidden(), torch.ones(4)
+    _, wanted = reference(hidden, range(5), None, upstream)
+    gradient = backward(device, hidden, range(5), None, upstream, skipped=range(1, 3), frozen=(4,))
+    assert gradient[[1, 2, 4]].isnan().all()
+    close(gradient[[0, 3]], wanted[[0, 3]], TOLERANCE[FP32])
+
+
+def test_an_expanded_upstream_gradient(device: str) -> None:
+    """As `sum()` sends it: one number with stride 0."""
+    hidden = make_hidden()
+    expanded = torch.tensor(0.5, device=device).expand(4)
+    assert torch.equal(
+        backward(device, hidden, range(5), None, expanded),
+        backward(device, hidden, range(5), None, torch.full((4,), 0.5)),
+    )
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+def test_stencil_weights(device: str, masked: bool) -> None:
+    """What other kernels add the stability loss with makes the same gradient."""
+    from carma_kernels.ops.stability import StabilityGradient
+
+    hidden, layers, upstream = make_hidden(), range(1, 4), torch.tensor([0.5, -2.0])
+    mask = MASK if masked else None
+    losses, scale, _ = forward(device, hidden, layers, mask)
+    stencil = StabilityGradient(layers, as_bytes(mask, device), losses, scale, upstream.to(device)).stencil(5)
+    before, after, own = stencil.weights.cpu().double()[:, :, None, None, None].unbind(1)  # [L, 1, 1, 1] each
+    assert (before[[0, 1, 4]] == 0).all()
+    assert (after[[0, 3, 4]] == 0).all()
+    h = hidden.double()
+    step = torch.zeros(6, *h.shape[1:], dtype=FP64)
+    step[1:5] = h[1:] - h[:-1]
+    gradient = before * step[:-1] - after * step[1:] + own * h
+    wanted = reference(hidden, layers, mask, upstream)[1]
+    close(gradient[:, MASK] if masked else gradient, wanted[:, MASK] if masked else wanted, TOLERANCE[FP32])
+
+
+@pytest.mark.parametrize("D", [1, 40, 520])
+def test_the_launch_table_covers_the_widths(device: str, D: int) -> None:
+    hidden, upstream = make_hidden(L=2, D=D), torch.ones(1)
+    wanted, wanted_gradient = reference(hidden, range(2), None, upstream)
+    torch.testing.assert_close(forward(device, hidden, range(2), None)[0].cpu().double(), wanted, rtol=1e-6, atol=0)
+    close(backward(device, hidden, range(2), None, upstream), wanted_gradient, TOLERANCE[FP32])
+
+
+def test_a_width_beyond_the_launch_table_is_refused(device: str) -> None:
+    with pytest.raises(ValueError, match=r"width 16385.*backend='torch'"):
+        forward(device, torch.zeros(2, 2, 7, 16385), range(2), None)
