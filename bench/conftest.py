@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import cache
+from itertools import chain, compress
 from pathlib import Path
 
 import pytest
 import torch
 
 from bench import report
-from bench.workloads import PAPER, SLOW, TINY
+from bench.floor import measure_rates
+from bench.providers import PROVIDERS
+from bench.workloads import GROWTH, MODELS, PAPER, SLOW, TINY
 from carma_kernels.measure import environment
 
 RESULTS = Path(__file__).parent / "results"
@@ -24,6 +29,9 @@ def pytest_addoption(parser):
     group.addoption("--slow", action="store_true", help="also the workload that takes the published loops minutes")
     group.addoption("--threads", type=int, default=1, help="torch's threads on the CPU (default: %(default)s)")
     group.addoption("--device", default="cpu", help="where the hidden states lie (default: %(default)s)")
+    group.addoption("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of hidden states")
+    group.addoption("--models", action="store_true", help="also the hidden states of the paper's seven models")
+    group.addoption("--growth", action="store_true", help="also one size at a time, to see what grows with it")
 
 
 @pytest.hookimpl(tryfirst=True)  # pytest-benchmark reads its options in its own pytest_configure
@@ -40,9 +48,19 @@ def pytest_configure(config):
 
 def pytest_generate_tests(metafunc):
     if "workload" in metafunc.fixturenames:
-        workloads = (*PAPER, *(SLOW if metafunc.config.option.slow else ()))
-        tiny = [pytest.param(workload, marks=pytest.mark.smoke) for workload in TINY]
-        metafunc.parametrize("workload", [*tiny, *workloads], ids=str)
+        option = metafunc.config.option
+        wanted = [PAPER, *compress([SLOW, MODELS, GROWTH], [option.slow, option.models, option.growth])]
+        device = torch.device(option.device)
+        metafunc.parametrize(
+            ("workload", "provider"),
+            [
+                pytest.param(workload, provider, marks=[pytest.mark.smoke] if workload in TINY else [])
+                for workload in chain(TINY, *wanted)
+                for provider in PROVIDERS
+                if provider.runs(workload, device)
+            ],
+            ids=str,
+        )
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +89,7 @@ def device(pytestconfig):
 def pytest_benchmark_generate_machine_info(config):
     return environment() | {
         "device": _device_name(config.option.device),
+        "rates": _rates(config.option.device, config.option.dtype, config.option.threads),
         "torch_threads": config.option.threads,
         "load_at_start": round(config.stash[LOAD_AT_START], 2),
         "timer": str(config.option.benchmark_timer),
@@ -95,6 +114,16 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line(report.details(benchmarks, pytest_benchmark_generate_machine_info(config)))
         if config.option.save:
             terminalreporter.write_line(f"written to {config.option.benchmark_json}")
+
+
+@cache  # the summary asks again
+def _rates(device: str, dtype: str, threads: int) -> dict[str, float]:
+    """Of the machine, on as many threads as what was measured."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    rates = measure_rates(torch.device(device), getattr(torch, dtype))
+    torch.set_num_threads(before)
+    return asdict(rates)
 
 
 def _device_name(device: str) -> str:

@@ -5,16 +5,18 @@ Adding an implementation is adding an entry.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 import carma_kernels as ck
 from bench import published, vectorised
-from bench.workloads import Case
+from bench.workloads import Case, Workload
 
 Loss = Callable[[Sequence[Tensor]], Tensor]
 """L hidden states `[B, T, D]` to `gamma * L_MI + eta * L_Stability`."""
@@ -31,11 +33,23 @@ class Provider:
         semantics: "published", five sampled negatives and every sample's pairs on every sequence; "exact", each
             sample's own pairs against all tokens outside their word.
         prepare: builds what a collator would build, outside the measured time.
+        finishes: whether it gets through a workload in minutes, and without filling the memory.
+        compiles: the first call takes seconds: it is timed apart.
     """
 
     name: str
     semantics: Literal["published", "exact"]
     prepare: Callable[[Case], Loss]
+    finishes: Callable[[Workload], bool] = lambda _: True
+    compiles: bool = False
+
+    def runs(self, workload: Workload, device: torch.device) -> bool:
+        """Whether it is measured on a workload on a device."""
+        if self.name.startswith("triton") and device.type == "cpu":  # a rehearsal
+            return workload.name == "tiny" and os.environ.get("TRITON_INTERPRET") == "1"
+        if self.compiles and workload.name == "tiny":  # nothing to see, at seconds each
+            return False
+        return self.finishes(workload)
 
     def __str__(self) -> str:
         return re.sub(r"\W+", "-", self.name)
@@ -52,6 +66,17 @@ def _sampled(case: Case) -> Loss:
 def _exact(case: Case) -> Loss:
     index = vectorised.index_anchors(case)
     return lambda hidden_states: vectorised.exact_carma_loss(hidden_states, index)
+
+
+def _compiled(case: Case) -> Loss:
+    index = vectorised.index_anchors(case)
+    torch.compiler.reset()  # every workload its own: a dynamic shape would cost the compiled code its speed
+    compiled = torch.compile(vectorised.exact_carma_loss, dynamic=False)
+    return lambda hidden_states: compiled(hidden_states, index)
+
+
+def _metric_learning(case: Case) -> Loss:
+    return vectorised.metric_learning_carma_loss(case)
 
 
 def _carma_loss(backend: str) -> Callable[[Case], Loss]:
@@ -84,10 +109,40 @@ def _token_spans(case: Case) -> ck.TokenSpans:
     return spans.to(case.attention_mask.device)
 
 
+def _evaluations(workload: Workload) -> int:
+    """Pairs that the published loss evaluates: every sample's on every sequence, in each layer."""
+    pairs = sum(n * (n - 1) // 2 for words in workload.spans() for start, end in words[:-1] if (n := end - start) > 1)
+    return workload.L * workload.B * pairs
+
+
+def _published_finishes(workload: Workload) -> bool:
+    """About a millisecond an evaluation: a minute for the paper's batch, some seconds elsewhere."""
+    return _evaluations(workload) <= (60_000 if workload.name == "paper" else 5_000)
+
+
+def _gram_fits(workload: Workload) -> bool:
+    """A few [B, T, T] matrices a layer, kept for the backward."""
+    return 4 * 4 * workload.L * workload.B * workload.T**2 <= 8e9
+
+
+def _every_pair_with_every_negative_fits(workload: Workload) -> bool:
+    """It makes a matrix of all pairs by all anchors' negatives in each layer, and keeps some five of them."""
+    spans = workload.spans()
+    pairs = sum(n * (n - 1) // 2 for words in spans for start, end in words if (n := end - start) > 1)
+    negatives = sum((end - start - 1) * workload.T for words in spans for start, end in words)
+    return 5 * 4 * workload.L * pairs * negatives <= 8e9
+
+
+EAGER = "eager Gram, exact"
+
 PROVIDERS = (
-    Provider(BASELINE, "published", _published),
-    Provider("eager Gram, sampled", "published", _sampled),
-    Provider("eager Gram, exact", "exact", _exact),
+    Provider(BASELINE, "published", _published, _published_finishes),
+    Provider("eager Gram, sampled", "published", _sampled, lambda w: _evaluations(w) <= 500_000 and _gram_fits(w)),
+    Provider(EAGER, "exact", _exact, _gram_fits),
+    Provider("torch.compile of it", "exact", _compiled, _gram_fits, compiles=True),
+    Provider("metric-learning NT-Xent", "exact", _metric_learning, _every_pair_with_every_negative_fits),
     Provider("torch: carma_loss", "exact", _carma_loss("torch")),
     Provider("torch: mi_loss + stability_loss", "exact", _separate_losses("torch")),
+    Provider("triton: carma_loss", "exact", _carma_loss("triton")),
+    Provider("triton: mi_loss + stability_loss", "exact", _separate_losses("triton")),
 )

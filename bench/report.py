@@ -1,4 +1,9 @@
-"""Markdown tables of a result file: `python -m bench.report RESULT.json [--update README.md]`."""
+"""Markdown tables of result files.
+
+python -m bench.report RESULT.json...                              everything measured
+python -m bench.report RESULT.json... --page docs/performance.md   the same and the pictures, into a page
+python -m bench.report RESULT.json --update README.md              a summary, into a page
+"""
 
 from __future__ import annotations
 
@@ -7,8 +12,10 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+from bench.floor import Cost, Rates
 from bench.providers import BASELINE
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -27,7 +34,10 @@ def details(benchmarks: list[Benchmark], machine: dict[str, Any]) -> str:
         "against published",
         "extra MB",
         "of the hidden states",
+        "of the floor",
+        "compiled in s",
     ]
+    rates = Rates(**machine["rates"])
     parts = []
     for passes in ("forward+backward", "forward"):
         chosen = _losses(benchmarks, passes)
@@ -41,6 +51,8 @@ def details(benchmarks: list[Benchmark], machine: dict[str, Any]) -> str:
                 _speedup(b, baselines),
                 _megabytes(b),
                 _share_of_hidden(b),
+                _share_of_floor(b, rates),
+                _compile_seconds(b),
             ]
             for b in chosen
         ]
@@ -63,6 +75,32 @@ def summary(benchmarks: list[Benchmark], machine: dict[str, Any]) -> str:
             _provenance(machine),
         ]
     )
+
+
+def steps(runs: list[dict[str, Any]]) -> str:
+    """Whole training steps, each against the same without CARMA."""
+    rows = []
+    for run in runs:
+        same = ("model", "B", "T", "words", "checkpointing", "dtype")
+        plain = next((r for r in runs if r["losses"] == "none" and all(r[key] == run[key] for key in same)), run)
+        middle = median(run["seconds"])
+        more_time = middle / median(plain["seconds"]) - 1
+        more_memory = run["peak_bytes"] / plain["peak_bytes"] - 1
+        rows.append(
+            [
+                f"{run['model']}, {run['dtype']}{', checkpointing' if run['checkpointing'] else ''}",
+                f"B={run['B']}, T={run['T']}, {run['words']}",
+                run["losses"],
+                _milliseconds(middle),
+                f"{_milliseconds(min(run['seconds']))} to {_milliseconds(max(run['seconds']))} ({len(run['seconds'])})",
+                "" if run is plain else f"{100 * more_time:+.1f} %",
+                f"{run['B'] * run['T'] / middle:.4g}",
+                f"{run['peak_bytes'] / 1e6:.4g}",
+                "" if run is plain else f"{100 * more_memory:+.2f} %",
+            ]
+        )
+    header = ["model", "batch", "CARMA by", "median ms", "min to max (steps)", "time", "tokens/s", "peak MB", "memory"]
+    return f"Whole training steps, and what CARMA adds to them:\n\n{_table(header, rows)}"
 
 
 def update(page: Path, tables: str) -> None:
@@ -128,6 +166,16 @@ def _share_of_hidden(benchmark: Benchmark) -> str:
     return f"{info['peak_bytes'] / info['hidden_bytes']:.2f}x"
 
 
+def _share_of_floor(benchmark: Benchmark, rates: Rates) -> str:
+    floor = sum(Cost(**cost).seconds(rates) for cost in benchmark["extra_info"]["floor"])
+    return f"{100 * floor / benchmark['stats']['median']:.3g} %"
+
+
+def _compile_seconds(benchmark: Benchmark) -> str:
+    seconds = benchmark["extra_info"]["compile_seconds"]
+    return "" if seconds is None else f"{seconds:.3g}"
+
+
 def _pivot(benchmarks: list[Benchmark], cell: Callable[[Benchmark], str]) -> str:
     providers = list(dict.fromkeys(b["extra_info"]["provider"] for b in benchmarks))
     cells: dict[str, dict[str, str]] = {}
@@ -141,7 +189,7 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
     """Numbers, which is every cell that starts with one, to the right."""
     columns = list(zip(header, *rows, strict=True))
     widths = [max(map(len, column)) for column in columns]
-    is_number = [all(cell[:1].isdigit() or not cell for cell in column[1:]) for column in columns]
+    is_number = [all(cell[:1] in "+-0123456789" for cell in column[1:]) for column in columns]
     is_number[0] = False
     rule = ["-" * (width - 1) + (":" if right else "-") for width, right in zip(widths, is_number, strict=True)]
     lines = [
@@ -156,27 +204,52 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 def _provenance(machine: dict[str, Any]) -> str:
     commit = "unknown" if machine["commit"] is None else machine["commit"][:10]
-    return (
+    said = [
         f"{machine['device']}, {machine['torch_threads']} thread(s) of {machine['cpu_cores']} cores, "
-        f"load average before the run {machine['load_at_start']}, {machine['timer']}; "
-        f"torch {machine['torch']}, python {machine['python']}, "
-        f"commit {commit}{' with changes' if machine['dirty'] else ''}."
-    )
+        f"load average before the run {machine['load_at_start']}"
+    ]
+    if "rates" in machine:
+        rates = Rates(**machine["rates"])
+        said.append(
+            f"copies {rates.bytes_per_second / 1e9:.3g} GB/s, multiplies {rates.flops_per_second / 1e9:.4g} GFLOP/s"
+        )
+    if "timer" in machine:
+        said.append(machine["timer"])
+    versions = [f"torch {machine['torch']}", f"python {machine['python']}"]
+    versions += [f"{name} {machine[name]}" for name in ("triton", "gpu_driver") if machine.get(name)]
+    changes = " with changes" if machine["dirty"] else ""
+    return "; ".join([*said, ", ".join(versions), f"commit {commit}{changes}."])
 
 
 def main() -> None:
-    """Print every table, or put the summary into a page."""
-    parser = argparse.ArgumentParser(prog="python -m bench.report", description="Markdown tables of a saved run.")
-    parser.add_argument("result", type=Path, help="bench/results/<device>/<date>.json")
+    """Print every table, or put tables into a page, with the pictures beside it."""
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description="Markdown tables of saved runs.")
+    parser.add_argument("results", type=Path, nargs="+", help="bench/results/<device>/<date>.json, or a train_step's")
     parser.add_argument(
         "--update", type=Path, metavar="PAGE", help=f"put a summary between {BEGIN} and {END} of this page instead"
     )
+    parser.add_argument(
+        "--page", type=Path, metavar="PAGE", help="put every table there instead, and draw into pictures/ beside it"
+    )
     arguments = parser.parse_args()
-    stored = json.loads(arguments.result.read_text())
+    stored = [json.loads(path.read_text()) for path in arguments.results]
     if arguments.update:
-        update(arguments.update, summary(stored["benchmarks"], stored["machine_info"]))
+        update(arguments.update, "\n\n".join(_tables(result, summary) for result in stored))
+        return
+    tables = "\n\n".join(_tables(result, details) for result in stored)
+    if arguments.page:
+        from bench.pictures import draw
+
+        names = [name for result in stored for name in draw(result, arguments.page.parent / "pictures")]
+        update(arguments.page, "\n\n".join([*(f"![{name}](pictures/{name}.png)" for name in names), tables]))
     else:
-        sys.stdout.write(details(stored["benchmarks"], stored["machine_info"]) + "\n")
+        sys.stdout.write(tables + "\n")
+
+
+def _tables(stored: dict[str, Any], losses: Callable[[list[Benchmark], dict[str, Any]], str]) -> str:
+    if "steps" in stored:
+        return f"{steps(stored['steps'])}\n\n{_provenance(stored['machine_info'])}"
+    return losses(stored["benchmarks"], stored["machine_info"])
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ pytestmark = pytest.mark.smoke
 
 MACHINE = {
     "device": "a CPU",
+    "rates": {"bytes_per_second": 1e10, "flops_per_second": 1e11},
     "torch_threads": 1,
     "cpu_cores": 2,
     "load_at_start": 0.1,
@@ -30,6 +31,8 @@ def measured(provider, seconds, *, passes="forward+backward", name="paper"):
             "workload": {"name": name, "L": 12, "B": 16, "T": 58, "D": 768, "words": "dense"},
             "hidden_bytes": 2_000_000,
             "peak_bytes": 3_000_000,
+            "floor": [{"bytes": 10_000_000, "flops": 0}, {"bytes": 0, "flops": 200_000_000}],
+            "compile_seconds": None,
         },
         "stats": {"median": seconds, "min": 0.9 * seconds, "max": 2 * seconds, "rounds": 7},
     }
@@ -42,7 +45,7 @@ def cells(table, provider):
 def test_ratio_spread_and_memory():
     results = [measured(BASELINE, 5.0), measured("ours", 0.010), measured("ours", 1.0, name="tiny")]
     text = report.details(results, MACHINE)
-    assert cells(text, "ours")[2:] == ["10", "9 to 20 (7)", "500x", "3", "1.50x"]
+    assert cells(text, "ours")[2:] == ["10", "9 to 20 (7)", "500x", "3", "1.50x", "30 %", ""]
     assert cells(text, BASELINE)[2:5] == ["5000", "4500 to 10000 (7)", "1x"]
     assert text.count("| ours") == 1  # the tiny workload is not a result
     assert "commit 0123456789 with changes" in text

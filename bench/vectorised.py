@@ -7,7 +7,7 @@ semantics, draw for draw. Both take one matrix product a layer and index it.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -68,6 +68,34 @@ def exact_mi_loss(hidden_states: Sequence[Tensor], index: AnchorIndex, *, temper
         z = s.masked_fill(~index.is_negative, -torch.inf).logsumexp(-1)  # [B, A]
         losses.append(F.softplus(z[pair] - s[*pair, index.pair_positive]).mean())
     return torch.stack(losses).mean()
+
+
+def metric_learning_carma_loss(case: Case) -> Callable[[Sequence[Tensor]], Tensor]:
+    """`gamma * L_MI + eta * L_Stability` of a case, with `pytorch-metric-learning`'s NT-Xent on the same pairs.
+
+    It takes the pairs and every anchor's negatives as lists of flat token indices.
+    """
+    from pytorch_metric_learning.losses import NTXentLoss  # the one peer that is not plain PyTorch
+
+    index = index_anchors(case)
+    B, T = case.attention_mask.shape
+    device = case.attention_mask.device
+    first = T * torch.arange(B, device=device)  # [B]
+    anchor = first[:, None] + index.anchor  # [B, A]
+    sequence, a, negative = index.is_negative.nonzero(as_tuple=True)
+    listed = (
+        anchor[index.pair_sequence, index.pair_anchor],
+        first[index.pair_sequence] + index.pair_positive,
+        anchor[sequence, a],
+        first[sequence] + negative,
+    )
+    nt_xent = NTXentLoss(temperature=0.1)
+
+    def loss(hidden_states: Sequence[Tensor]) -> Tensor:
+        mi = torch.stack([nt_xent(h.flatten(0, 1), indices_tuple=listed) for h in hidden_states]).mean()
+        return MI_WEIGHT * mi + STABILITY_WEIGHT * stability_loss(hidden_states)
+
+    return loss
 
 
 def sampled_carma_loss(hidden_states: Sequence[Tensor], spans: Spans) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -44,7 +44,8 @@ class Workload:
     Attributes:
         name: starts the id.
         words: "dense", 30 % of the tokens in words of two to four tokens (about 18 pairs a sequence at T = 58), no
-            padding; "wordnet", the words of real prompts (`data/README.md`), padded on the right to T.
+            padding; a number, that share instead; "wordnet", the words of real prompts (`data/README.md`), padded on
+            the right to T.
     """
 
     name: str
@@ -52,32 +53,51 @@ class Workload:
     B: int
     T: int
     D: int
-    words: Literal["dense", "wordnet"]
+    words: Literal["dense", "wordnet"] | float
 
     def __str__(self) -> str:
         return f"{self.name}-L{self.L}-B{self.B}-T{self.T}-D{self.D}-{self.words}"
 
-    def build(self, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Case:
-        """The same values in every run and on every device; hidden states drift from layer to layer like a model's."""
+    def build(
+        self,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        values: torch.dtype = torch.float32,
+    ) -> Case:
+        """The same values in every run and on every device; hidden states drift from layer to layer like a model's.
+
+        Args:
+            dtype: of the hidden states.
+            device: where they and the mask lie.
+            values: the dtype to whose precision the values are rounded first, so that an fp64 case can hold exactly
+                what a bfloat16 one does.
+        """
         generator = torch.Generator().manual_seed(0)
-        steps = torch.randn(self.L, self.B, self.T, self.D, generator=generator)  # [L, B, T, D]
-        layers = steps.cumsum(0).unbind(0)
-        rng = random.Random(0)
-        if self.words == "dense":
-            spans = [_dense_words(self.T, rng) for _ in range(self.B)]
-        else:
-            spans = _typical_batch(_wordnet_prompts(self.T), self.B, rng)
+        layers = []
+        h = torch.zeros(self.B, self.T, self.D)
+        for _ in range(self.L):
+            h = h + torch.randn(self.B, self.T, self.D, generator=generator)  # [B, T, D]
+            layers.append(h.to(values).to(device, dtype, copy=True).requires_grad_())
+        spans = self.spans()
         lengths = torch.tensor([words[-1][1] for words in spans])  # [B]
-        return Case(
-            [h.to(device, dtype, copy=True).requires_grad_() for h in layers],
-            spans,
-            (torch.arange(self.T) < lengths[:, None]).to(device),
-        )
+        return Case(layers, spans, (torch.arange(self.T) < lengths[:, None]).to(device))
+
+    def spans(self) -> Spans:
+        """The words, without the cost of hidden states."""
+        rng = random.Random(0)
+        if self.words == "wordnet":
+            return _typical_batch(_wordnet_prompts(self.T), self.B, rng)
+        share = 0.3 if self.words == "dense" else self.words
+        return [_tiling_words(self.T, share, rng) for _ in range(self.B)]
 
 
-def _dense_words(T: int, rng: random.Random) -> list[tuple[int, int]]:
-    """Words that tile T tokens; the last is of one token, because the published loss leaves the last word out."""
-    target = round(0.3 * T)
+def _tiling_words(T: int, share: float, rng: random.Random) -> list[tuple[int, int]]:
+    """Words that tile T tokens, a share of which lies in words of two to four.
+
+    The last is of one token, because the published loss leaves the last word out.
+    """
+    target = min(round(share * T), T - 1)
     sizes: list[int] = []
     while (missing := target - sum(sizes)) >= 2:
         sizes.append(min(rng.choice((2, 3, 4)), missing))
@@ -134,6 +154,39 @@ PAPER = (
 
 SLOW = (Workload("paper", L=12, B=16, T=124, D=768, words="dense"),)
 """The published losses take minutes and 8 GB for it."""
+
+TEXT = 0.18
+"""The share of tokens in words of several that real text has under GPT-2's tokenizer (`data/README.md`)."""
+
+_LAYERS_AND_WIDTHS = {
+    "gpt2": (12, 768),
+    "gpt2-large": (36, 1280),
+    "gemma-2b": (18, 2048),
+    "llama-3.2-1b": (16, 2048),
+    "llama-3.2-3b": (28, 3072),
+    "qwen2.5-0.5b": (24, 896),
+    "qwen2.5-3b": (36, 2048),
+}
+
+MODELS = tuple(
+    Workload(name, L, B, T, D, words)
+    for B, T in ((16, 58), (16, 124), (8, 1024), (1, 8192))
+    for name, (L, D) in _LAYERS_AND_WIDTHS.items()
+    for words in ("dense", TEXT)
+)
+"""The hidden states of the paper's seven models, at its two batch shapes and at two of long sequences."""
+
+_MIDDLE = Workload("growth", L=8, B=4, T=128, D=512, words="dense")
+
+GROWTH = (
+    _MIDDLE,
+    *(replace(_MIDDLE, T=T) for T in (32, 64, 256, 512, 1024, 2048)),
+    *(replace(_MIDDLE, B=B) for B in (1, 2, 8, 16, 32)),
+    *(replace(_MIDDLE, L=L) for L in (2, 4, 16, 32)),
+    *(replace(_MIDDLE, D=D) for D in (128, 256, 1024, 2048, 4096)),
+    *(replace(_MIDDLE, words=share) for share in (0.05, 0.1, 0.2, 0.5, 0.8)),
+)
+"""One size at a time, so that what a cost grows with can be seen."""
 
 TINY = (
     Workload("tiny", L=3, B=2, T=20, D=16, words="dense"),
