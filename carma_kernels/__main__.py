@@ -1,4 +1,4 @@
-"""`python -m carma_kernels doctor | verify | demo`, also installed as the command `carma-kernels`."""
+"""`python -m carma_kernels doctor | verify | demo | evaluate`, also installed as the command `carma-kernels`."""
 
 from __future__ import annotations
 
@@ -25,6 +25,9 @@ COMMANDS = {
         "carma_kernels.verify", "check this installation against its own fp64 reference, on random shapes"
     ),
     "demo": Command("carma_kernels.demo.cli", "train a small GPT-2 on word definitions, with and without CARMA"),
+    "evaluate": Command(
+        "carma_kernels.cap.cli", "what is left of a model's accuracy when the tokens of each word are pooled into one"
+    ),
 }
 _INTERRUPTED, _BROKEN_PIPE = 130, 141
 

@@ -12,6 +12,7 @@ from numbers import Real
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from carma_kernels.pairs import PairIndex
@@ -273,6 +274,28 @@ def num_pairs(value: Any, local: int, reduction: str, device: torch.device) -> f
             f"has {local}."
         )
     return number or 1.0
+
+
+def group(value: Any) -> None:
+    """None, or a process group that this process is in."""
+    if value is None:
+        return
+    if not dist.is_available():
+        raise TypeError(
+            f"group must be None where torch was built without torch.distributed, got {type(value).__name__}."
+        )
+    if not isinstance(value, dist.ProcessGroup):
+        way_out = (
+            "This process is not in the group: call the loss with the group that it is in."
+            if value is dist.GroupMember.NON_GROUP_MEMBER
+            else "Pass torch.distributed.group.WORLD for all ranks, or device_mesh.get_group()."
+        )
+        raise TypeError(f"group must be None or a torch.distributed.ProcessGroup, got {value!r}. {way_out}")
+    if not dist.is_initialized():
+        raise ValueError(
+            "group is a process group that has been destroyed. Call torch.distributed.init_process_group() again and "
+            "pass torch.distributed.group.WORLD."
+        )
 
 
 def out_dtype(value: Any) -> torch.dtype:

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 
 from carma_kernels import __version__, choose_backend
-from carma_kernels._backend import VARIABLE
+from carma_kernels._backend import VARIABLE, triton_obstacle
 from carma_kernels.measure import environment
 
 OPTIONAL = {
     "demo": ("transformers", "tokenizers", "rich", "matplotlib"),
-    "bench": ("pytest", "pytest-benchmark"),
+    "integrations": ("transformers", "accelerate"),
+    "bench": ("pytest", "pytest-benchmark", "pytorch-metric-learning"),
 }
 """What each extra of the package adds, as in pyproject.toml"""
 
@@ -42,7 +43,8 @@ def examine() -> dict[str, Any]:
 
     Returns:
         `version`; `environment` as from `measure.environment`; `variable`, the value of `CARMA_KERNELS_BACKEND`;
-        `backends`, for each device the `backend` picked and the `reason`; `optional`, for each extra the version of
+        `backends`, for each device the `backend` picked and the `reason`; `triton`, for each GPU why the Triton backend
+        cannot be used there, None if it can; `optional`, for each extra the version of
         each package, None if it is missing; `notes` and `problems`, in words.
     """
     problems: list[str] = []
@@ -64,6 +66,7 @@ def examine() -> dict[str, Any]:
         "environment": machine,
         "variable": os.environ.get(VARIABLE),
         "backends": backends,
+        "triton": {str(device): _triton(device) for device in devices() if device.type == "cuda"},
         "optional": {extra: {name: _version(name) for name in names} for extra, names in OPTIONAL.items()},
         "notes": list(_notes(machine)),
         "problems": problems,
@@ -77,6 +80,13 @@ def devices() -> list[torch.device]:
     if torch.backends.mps.is_available():
         found.append(torch.device("mps"))
     return found
+
+
+def _triton(device: torch.device) -> str | None:
+    try:
+        return triton_obstacle(device)
+    except Exception as error:
+        return one_line(error)
 
 
 def _notes(machine: dict[str, Any]) -> Iterator[str]:
@@ -118,6 +128,12 @@ def _lines(findings: dict[str, Any]) -> Iterator[str]:
     yield from _table(
         {device: f"{pick['backend'] or 'none'}: {pick['reason']}" for device, pick in findings["backends"].items()}
     )
+    if findings["triton"]:
+        yield ""
+        yield "The Triton backend on each GPU, a kernel launched there to see"
+        yield from _table(
+            {device: f"cannot be used: {why}" if why else "can be used" for device, why in findings["triton"].items()}
+        )
     yield ""
     yield "Optional packages"
     for extra, packages in findings["optional"].items():

@@ -6,16 +6,19 @@ Letters: `L` layers, `B` batch, `T` tokens, `D` width, `A` anchors, `P` pairs, `
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from carma_kernels import _backend, _validate, eager
+from carma_kernels import _backend, _validate, distributed
 from carma_kernels._terms import MITerm, Similarity, StabilityTerm
 from carma_kernels.config import CarmaConfig, checked
 from carma_kernels.pairs import PairIndex
-from carma_kernels.spans import TokenSpans
+from carma_kernels.spans import ContrastTable, TokenSpans
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 HiddenStates = Tensor | Sequence[Tensor]
 
@@ -71,7 +74,8 @@ def pairwise_similarity(
     similarity = _similarity(metric, temperature, first)
     valid = _validate.mask(mask, first)
     dtype = _validate.out_dtype(out_dtype)
-    return _implementation(backend, first.device).pairwise_similarity(hidden, chosen, similarity, valid, dtype)
+    implementation: _Backend = _backend.implementation(backend, first.device)
+    return implementation.pairwise_similarity(hidden, chosen, similarity, valid, dtype)
 
 
 def mi_loss(
@@ -85,6 +89,7 @@ def mi_loss(
     match_negatives: float | None = None,
     reduction: str = "mean",
     num_pairs: float | Tensor | None = None,
+    group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """InfoNCE that keeps the tokens of a word together, against other tokens, in every layer.
@@ -111,6 +116,9 @@ def mi_loss(
         reduction: "mean"; "none" for the means over pairs of each layer, `[L]`; "sum" over layers and pairs.
         num_pairs: replaces the number of pairs in the mean (a number or 0-d tensor), so that losses of parts of a batch
             (gradient accumulation, data parallelism) add up to the loss of the whole: pass the pairs of the whole.
+        group: a process group, to have the loss of the joined batch of its ranks on each of them, with gradients whose
+            mean over ranks is that of the joined batch: `docs/distributed.md`. With negatives="batch" the tokens of
+            the other ranks are negatives too. None for this process alone.
         backend: see `carma_kernels.choose_backend`.
 
     Returns:
@@ -119,12 +127,18 @@ def mi_loss(
     Raises:
         TypeError, ValueError: an input that does not fit; the message says which, and the way out.
     """
+    _validate.group(group)
     hidden, first, (chosen,) = _layers(hidden_states, layers=layers)
     _validate.option(reduction, _validate.REDUCTIONS, "reduction")
     similarity = _similarity(metric, temperature, first)
-    term = _mi_term(spans_or_pairs, first, chosen, similarity, negatives, match_negatives)
-    count = _validate.num_pairs(num_pairs, spans_or_pairs.num_pairs, reduction, first.device)
-    sums, _ = _implementation(backend, first.device).carma_terms(hidden, term, None)
+    negatives = _validate.negatives(negatives, spans_or_pairs)
+    match = _validate.match_negatives(match_negatives, spans_or_pairs)
+    pairs = _validate.pairs(spans_or_pairs, first, len(chosen))
+    count = _divisor(num_pairs, pairs.num_pairs, reduction, first.device, group)
+    if group is not None and negatives == "batch":
+        hidden, chosen, pairs = _joined_batch(hidden, chosen, pairs, group)
+    term = MITerm(chosen, _table(pairs, negatives), similarity, match)
+    sums, _ = _terms(backend, first.device, hidden, term, None, group)
     if reduction == "sum":
         return sums.sum()
     means = sums / count
@@ -138,6 +152,7 @@ def stability_loss(
     mask: Tensor | None = None,
     eps: float = 1e-8,
     reduction: str = "sum",
+    group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Relative change from each layer to the next.
@@ -153,6 +168,7 @@ def stability_loss(
         mask: `[B, T]`, non-zero for the tokens in the means; None for all, padding included, as published.
         eps: a number > 0.
         reduction: "sum" over the L-1 steps, as published; "mean"; "none" for `[L-1]`.
+        group: as in `mi_loss`: the means are those of the joined batch.
         backend: see `carma_kernels.choose_backend`.
 
     Returns:
@@ -161,10 +177,11 @@ def stability_loss(
     Raises:
         TypeError, ValueError: an input that does not fit; the message says which, and the way out.
     """
+    _validate.group(group)
     hidden, first, (chosen,) = _layers(hidden_states, layers=layers)
     _validate.option(reduction, _validate.REDUCTIONS, "reduction")
     term = StabilityTerm(chosen, _validate.mask(mask, first), _validate.positive_number(eps, "eps"))
-    _, changes = _implementation(backend, first.device).carma_terms(hidden, None, term)
+    _, changes = _terms(backend, first.device, hidden, None, term, group)
     if reduction == "none":
         return changes
     return changes.sum() if reduction == "sum" else changes.sum() / max(1, len(changes))
@@ -177,6 +194,7 @@ def carma_loss(
     *,
     mask: Tensor | None = None,
     num_pairs: float | Tensor | None = None,
+    group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> CarmaOutput:
     """Both losses in one pass over the hidden states: `gamma * L_MI + eta * L_stability`.
@@ -187,6 +205,7 @@ def carma_loss(
         config: weights and options; the defaults are the paper's.
         mask: `[B, T]`, for the stability loss, as there.
         num_pairs: for the MI loss, as there.
+        group: as in `mi_loss`, for both losses.
         backend: see `carma_kernels.choose_backend`.
 
     Returns:
@@ -196,14 +215,24 @@ def carma_loss(
         TypeError, ValueError: an input that does not fit; the message says which, and the way out.
     """
     config = checked(config)
+    _validate.group(group)
     hidden, first, (mi_layers, stability_layers) = _layers(
         hidden_states, mi_layers=config.mi_layers, stability_layers=config.stability_layers
     )
     similarity = _similarity(config.metric, config.temperature, first)
-    mi_term = _mi_term(spans_or_pairs, first, mi_layers, similarity, config.negatives, config.match_negatives)
+    negatives = _validate.negatives(config.negatives, spans_or_pairs)
+    match = _validate.match_negatives(config.match_negatives, spans_or_pairs)
+    pairs = _validate.pairs(spans_or_pairs, first, len(mi_layers))
     stability_term = StabilityTerm(stability_layers, _validate.mask(mask, first), config.eps)
-    count = _validate.num_pairs(num_pairs, spans_or_pairs.num_pairs, "mean", first.device)
-    sums, changes = _implementation(backend, first.device).carma_terms(hidden, mi_term, stability_term)
+    count = _divisor(num_pairs, pairs.num_pairs, "mean", first.device, group)
+    if group is not None and negatives == "batch":  # two passes, since the losses are over different batches
+        joined, layers, pairs = _joined_batch(hidden, mi_layers, pairs, group)
+        mi_term = MITerm(layers, _table(pairs, negatives), similarity, match)
+        sums, _ = _terms(backend, first.device, joined, mi_term, None, group)
+        _, changes = _terms(backend, first.device, hidden, None, stability_term, group)
+    else:
+        mi_term = MITerm(mi_layers, _table(pairs, negatives), similarity, match)
+        sums, changes = _terms(backend, first.device, hidden, mi_term, stability_term, group)
     mi_per_layer = sums / count
     mi = mi_per_layer.mean()
     stability = changes.sum()
@@ -249,7 +278,7 @@ class _Backend(Protocol):
     """What each backend's module offers, as `eager` documents it."""
 
     def carma_terms(
-        self, hidden: HiddenStates, mi: MITerm | None, stability: StabilityTerm | None
+        self, hidden: HiddenStates, mi: MITerm | None, stability: StabilityTerm | None, group: str | None = None
     ) -> tuple[Tensor, Tensor]: ...
 
     def pairwise_similarity(
@@ -257,29 +286,44 @@ class _Backend(Protocol):
     ) -> Tensor: ...
 
 
-def _implementation(backend: str | None, device: torch.device) -> _Backend:
-    if _backend.choose(backend, device)[0] == "torch":
-        return eager
-    from carma_kernels import ops  # imports Triton
-
-    return ops
-
-
 def _similarity(metric: str, temperature: float | Tensor, first: Tensor) -> Similarity:
     cosine = _validate.option(metric, _validate.METRICS, "metric") == "cosine"
     return Similarity(cosine, _validate.temperature(temperature, first.device))
 
 
-def _mi_term(
-    spans_or_pairs: TokenSpans | PairIndex,
-    first: Tensor,
-    layers: range,
-    similarity: Similarity,
-    negatives: str,
-    match_negatives: float | None,
-) -> MITerm:
-    negatives = _validate.negatives(negatives, spans_or_pairs)
-    match = _validate.match_negatives(match_negatives, spans_or_pairs)
-    pairs = _validate.pairs(spans_or_pairs, first, len(layers))
-    table = pairs if isinstance(pairs, PairIndex) else pairs.contrast_table(negatives)
-    return MITerm(layers, table, similarity, match)
+def _terms(
+    backend: str | None,
+    device: torch.device,
+    hidden: HiddenStates,
+    mi: MITerm | None,
+    stability: StabilityTerm | None,
+    group: ProcessGroup | None,
+) -> tuple[Tensor, Tensor]:
+    """Of the group's joined batch, if there is a group."""
+    implementation: _Backend = _backend.implementation(backend, device)
+    if group is None:
+        return implementation.carma_terms(hidden, mi, stability)
+    sums, changes = implementation.carma_terms(hidden, mi, stability, group.group_name)
+    return distributed.scale_gradient(sums, group.size()), distributed.scale_gradient(changes, group.size())
+
+
+def _divisor(
+    num_pairs: float | Tensor | None, local: int, reduction: str, device: torch.device, group: ProcessGroup | None
+) -> float | Tensor:
+    """What the sums over pairs are divided by: the given number, else that of the joined batch."""
+    if group is not None and num_pairs is None and reduction != "sum":
+        num_pairs = distributed.global_num_pairs(local, group, device)
+    return _validate.num_pairs(num_pairs, local, reduction, device)
+
+
+def _joined_batch(
+    hidden: HiddenStates, layers: range, pairs: TokenSpans | PairIndex, group: ProcessGroup
+) -> tuple[list[Tensor], range, TokenSpans]:
+    """The layers of all ranks, and their spans, in which the pairs are this rank's."""
+    assert isinstance(pairs, TokenSpans)
+    gathered, joined = distributed.gather_batch([hidden[layer] for layer in layers], pairs, group)
+    return gathered, range(len(layers)), joined
+
+
+def _table(pairs: TokenSpans | PairIndex, negatives: str) -> ContrastTable | PairIndex:
+    return pairs if isinstance(pairs, PairIndex) else pairs.contrast_table(negatives)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -10,6 +11,9 @@ from carma_kernels.config import CarmaConfig, checked
 from carma_kernels.functional import CarmaOutput, HiddenStates, carma_loss, mi_loss, stability_loss
 from carma_kernels.pairs import PairIndex
 from carma_kernels.spans import TokenSpans
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class MILoss(nn.Module):
@@ -26,6 +30,7 @@ class MILoss(nn.Module):
         layers: tuple[int, int] | None = None,
         match_negatives: float | None = None,
         reduction: str = "mean",
+        group: ProcessGroup | None = None,
         backend: str | None = None,
     ) -> None:
         """Take the options of `mi_loss`."""
@@ -36,6 +41,7 @@ class MILoss(nn.Module):
         self.layers = layers
         self.match_negatives = match_negatives
         self.reduction = reduction
+        self.group = group
         self.backend = backend
 
     def forward(
@@ -55,6 +61,7 @@ class MILoss(nn.Module):
             match_negatives=self.match_negatives,
             reduction=self.reduction,
             num_pairs=num_pairs,
+            group=self.group,
             backend=self.backend,
         )
 
@@ -72,6 +79,7 @@ class StabilityLoss(nn.Module):
         layers: tuple[int, int] | None = None,
         eps: float = 1e-8,
         reduction: str = "sum",
+        group: ProcessGroup | None = None,
         backend: str | None = None,
     ) -> None:
         """Take the options of `stability_loss`."""
@@ -79,6 +87,7 @@ class StabilityLoss(nn.Module):
         self.layers = layers
         self.eps = eps
         self.reduction = reduction
+        self.group = group
         self.backend = backend
 
     def forward(self, hidden_states: HiddenStates, mask: Tensor | None = None) -> Tensor:
@@ -89,6 +98,7 @@ class StabilityLoss(nn.Module):
             mask=mask,
             eps=self.eps,
             reduction=self.reduction,
+            group=self.group,
             backend=self.backend,
         )
 
@@ -102,13 +112,16 @@ class CarmaLoss(nn.Module):
 
     temperature: float | Tensor
 
-    def __init__(self, config: CarmaConfig | None = None, *, backend: str | None = None) -> None:
-        """Take a config, or the paper's, and a backend."""
+    def __init__(
+        self, config: CarmaConfig | None = None, *, group: ProcessGroup | None = None, backend: str | None = None
+    ) -> None:
+        """Take a config, or the paper's, and the other options of `carma_loss`."""
         super().__init__()
         config = checked(CarmaConfig() if config is None else config)
         # held once, as the module's: loading a state or moving the module may put another tensor in its place
         _keep_temperature(self, config.temperature)
         self._config = replace(config, temperature=CarmaConfig.temperature)
+        self.group = group
         self.backend = backend
 
     @property
@@ -125,7 +138,13 @@ class CarmaLoss(nn.Module):
     ) -> CarmaOutput:
         """Both losses of `[L, B, T, D]` or L times `[B, T, D]`: see `carma_loss`."""
         return carma_loss(
-            hidden_states, spans_or_pairs, self.config, mask=mask, num_pairs=num_pairs, backend=self.backend
+            hidden_states,
+            spans_or_pairs,
+            self.config,
+            mask=mask,
+            num_pairs=num_pairs,
+            group=self.group,
+            backend=self.backend,
         )
 
     def extra_repr(self) -> str:

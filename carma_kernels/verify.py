@@ -9,10 +9,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import os
 import random
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,7 +23,7 @@ from torch import Tensor
 
 import carma_kernels
 from carma_kernels import PairIndex, TokenSpans, choose_backend
-from carma_kernels._backend import BACKENDS
+from carma_kernels._backend import BACKENDS, INTERPRET
 from carma_kernels.doctor import devices, one_line
 
 TOLERANCE = {
@@ -34,12 +36,18 @@ TOLERANCE = {
 """What an error may be: of the value, of the gradients"""
 
 
+INTERPRETED_CASES = 2
+"""Random problems for each check in Triton's interpreter, a thousand times slower"""
+
+
 class Check(NamedTuple):
     """A function with the options that lead to code of their own."""
 
     function: str
     negatives: str = "-"
     metric: str = "-"
+    long: bool = False
+    """sequences that the Triton kernels do not take in one tile"""
 
 
 CHECKS = (
@@ -47,6 +55,7 @@ CHECKS = (
     *itertools.starmap(Check, itertools.product(["mi_loss"], ["sequence", "batch", "sampled"], ["cosine", "dot"])),
     Check("stability_loss"),
     *(Check("carma_loss", negatives, "cosine") for negatives in ("sequence", "batch", "sampled")),
+    Check("carma_loss", "sequence", "cosine", long=True),
 )
 
 
@@ -117,16 +126,36 @@ def run(args: argparse.Namespace) -> int:
     except Exception as error:
         _say(f"--device {args.device}: {one_line(error)}. Devices that torch can use here: {_listed(devices())}.")
         return 2
+    with _interpreter(chosen, args.backend):
+        return _check_devices(csrc_ref, chosen, args)
+
+
+@contextmanager
+def _interpreter(devices: list[torch.device], backend: str) -> Iterator[None]:
+    """Have Triton interpret its kernels, unless a GPU is to run them: one process cannot do both."""
+    if backend == "torch" or _has_gpu(devices) or INTERPRET in os.environ or "triton" in sys.modules:
+        yield
+        return
+    os.environ[INTERPRET] = "1"  # read when Triton is imported, which torch may do at any time
+    try:
+        yield
+    finally:
+        del os.environ[INTERPRET]
+
+
+def _check_devices(reference: Any, devices: list[torch.device], args: argparse.Namespace) -> int:
     started = time.perf_counter()
     within: list[bool] = []
     skipped: list[str] = []
-    for device, backend in itertools.product(chosen, BACKENDS if args.backend == "all" else (args.backend,)):
+    for device, backend in itertools.product(devices, BACKENDS if args.backend == "all" else (args.backend,)):
+        if args.backend == "all" and backend == "triton" and device.type == "cpu" and _has_gpu(devices):
+            continue  # runs on that
         try:
             choose_backend(backend, device)
         except (NotImplementedError, RuntimeError, ValueError) as error:
             skipped.append(f"Not checked: {backend} backend on {device}. {one_line(error)}")
             continue
-        within += _check_all(csrc_ref, device, backend, args)
+        within += _check_all(reference, device, backend, args)
     for line in skipped:
         _say(line)
     if not within:
@@ -141,14 +170,17 @@ def run(args: argparse.Namespace) -> int:
 
 def _check_all(reference: Any, device: torch.device, backend: str, args: argparse.Namespace) -> Iterator[bool]:
     """Print the table of one backend on one device; yields for each of its rows whether it is within tolerance."""
-    _say(f"{backend} backend on {device}, random problems a check: {args.cases}; errors are relative, of the worst one")
+    interpreted = backend == "triton" and device.type == "cpu"
+    cases = min(args.cases, INTERPRETED_CASES) if interpreted else args.cases
+    how = ", in Triton's interpreter" if interpreted else ""
+    _say(f"{backend} backend on {device}{how}, random problems a check: {cases}; errors are relative, of the worst one")
     _say(_row("function", "negatives", "metric", "dtype", "worst at", "value", "allowed", "gradients", "allowed", ""))
     for check, dtype in itertools.product(CHECKS, TOLERANCE):
-        if dtype == torch.float64 and device.type == "mps":
+        if dtype == torch.float64 and (backend == "triton" or device.type == "mps"):
             continue  # has no fp64
         outcomes = [
             _compare(reference, random_problem(check, dtype, args.seed, case), dtype, device, backend)
-            for case in range(args.cases)
+            for case in range(cases)
         ]
         for line in _report(check, dtype, outcomes, args.verbose):
             _say(line)
@@ -159,7 +191,9 @@ def random_problem(check: Check, dtype: torch.dtype, seed: int, case: int) -> Pr
     """The problem with this number, the same on every machine."""
     rng = random.Random(f"{check} {seed} {case}")
     generator = torch.Generator().manual_seed(rng.getrandbits(60))
-    L, B, T = rng.randint(2, 4), rng.randint(1, 3), rng.randint(3, 14)
+    L, B, T = rng.randint(2, 4), 3 if case == 0 else rng.randint(1, 3), rng.randint(3, 14)
+    if check.long:
+        B, T = 2, rng.randint(130, 150)
     D = rng.choice((2, 3, 8, 17, 40))  # with D = 1 a cosine is 1 or -1, and has no gradient
     spans = _random_spans(rng, B, T)
     valid = spans.attention_mask  # [B, T]
@@ -168,7 +202,7 @@ def random_problem(check: Check, dtype: torch.dtype, seed: int, case: int) -> Pr
     if check.metric == "dot":
         hidden /= math.sqrt(D)  # or exp(s) would be 0 or inf for all but one token
     hidden[rng.randrange(L), rng.randrange(B), rng.randrange(T)] = 0.0
-    masked = check.function != "mi_loss" and rng.random() < 0.7
+    masked = check.function != "mi_loss" and (case == 0 or rng.random() < 0.7)
     if masked or check.function == "mi_loss":
         hidden[:, ~valid] = math.nan
     hidden = hidden.to(dtype)
@@ -342,6 +376,10 @@ def _report(check: Check, dtype: torch.dtype, outcomes: list[Outcome], verbose: 
 def _row(*cells: str) -> str:
     widths = (19, 9, 6, 8, 13, 7, 7, 9, 7, 4)
     return "  ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)).rstrip()
+
+
+def _has_gpu(devices: list[torch.device]) -> bool:
+    return any(device.type == "cuda" for device in devices)
 
 
 def _usable(name: str) -> torch.device:

@@ -1,4 +1,4 @@
-"""Inverse dictionary modelling with CARMA, in a plain training loop: the two lines marked CARMA are the swap-in.
+"""Inverse dictionary modelling with CARMA, in a plain training loop: the lines marked CARMA are the swap-in.
 
     python examples/train_idm.py --steps 50
 
@@ -14,8 +14,9 @@ from rich.progress import track
 
 import carma_kernels as ck
 from carma_kernels.demo.definitions import read_definitions, shipped_file, split_definitions
-from carma_kernels.demo.model import BlockOutputs, build_gpt2, word_logits
+from carma_kernels.demo.model import build_gpt2, word_logits
 from carma_kernels.demo.text import Collator, train_tokenizer, training_batches
+from carma_kernels.integrations.transformers import HiddenStateTap
 
 BATCH_SIZE = 32
 SEED = 0
@@ -33,7 +34,7 @@ def main() -> None:
     batches = training_batches(definitions, BATCH_SIZE, Collator(tokenizer), SEED)  # the collator finds the word spans
 
     model = build_gpt2(vocab_size=len(tokenizer), layers=4, width=128, heads=4, seed=SEED).to(device)
-    blocks = BlockOutputs(model)  # keeps what each block returns
+    tap = HiddenStateTap(model)  # CARMA: keeps what each block returns
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     config = ck.CarmaConfig()  # gamma 0.5, eta 0.2, lambda 0.3, tau 0.1
 
@@ -41,7 +42,7 @@ def main() -> None:
         batch = batch.to(device)
         task_loss = F.cross_entropy(word_logits(model, batch), batch.labels)
 
-        carma = ck.carma_loss(blocks.take(), batch.spans, config, mask=batch.attention_mask)  # CARMA
+        carma = tap.carma_loss(batch.spans, config, mask=batch.attention_mask)  # CARMA
         loss = ck.total_loss(task_loss, carma.loss, config.carma_weight)  # CARMA
 
         optimizer.zero_grad()

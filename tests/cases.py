@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from itertools import groupby
@@ -41,7 +43,24 @@ class Backend:
         return case.dtype in self.tolerance and (self.max_elements is None or elements <= self.max_elements)
 
 
-BACKENDS = [Backend("torch", tolerance={FP64: 1e-9, FP32: 1e-5, FP16: 1e-5, BF16: 1e-5})]  # halves: computed in fp32
+TORCH = Backend("torch", tolerance={FP64: 1e-9, FP32: 1e-5, FP16: 1e-5, BF16: 1e-5})  # halves: computed in fp32
+# halves: the derivative by a similarity is rounded to the dtype of the tokens that it is multiplied with
+TRITON = Backend("triton", tolerance={FP32: 1e-5, FP16: 2**-11, BF16: 2**-8})
+
+
+def _backends() -> list[Backend]:
+    """On the device that `CARMA_KERNELS_TEST_DEVICE` names, both.
+
+    On a CPU the torch backend; or, in a process that was started with `TRITON_INTERPRET=1`, the Triton kernels.
+    """
+    if device := os.environ.get("CARMA_KERNELS_TEST_DEVICE"):
+        return [replace(TORCH, device=device), replace(TRITON, device=device)]
+    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+        return [replace(TRITON, interpret=True, max_elements=2**14)]
+    return [TORCH]
+
+
+BACKENDS = _backends()
 
 
 # One line a sequence, one character a token: equal letters are a word, "." is in no word, "_" is padding.
@@ -115,6 +134,11 @@ def on_backends(cases: Iterable[Case]) -> list[Any]:
         for backend in BACKENDS
         if backend.runs(case)
     ]
+
+
+def thinned(always: Iterable[Any], thorough: Iterable[Any]) -> list[Any]:
+    """Parameters of a test: some, and more of the kind, for which the interpreter takes its time."""
+    return [*always, *(pytest.param(value, marks=pytest.mark.thorough) for value in thorough)]
 
 
 def in_dtypes(cases: Iterable[Case], *dtypes: torch.dtype) -> list[Case]:

@@ -10,9 +10,19 @@ import torch
 from hypothesis import settings
 
 from tests.cases import BACKENDS, Backend
+from tests.interpreter import patch_the_language_once_a_kernel
 
 settings.register_profile("suite", deadline=None, max_examples=15, derandomize="CI" in os.environ)
+settings.register_profile("interpreter", deadline=None, max_examples=4, derandomize=True)
 settings.load_profile("suite")
+if any(backend.interpret for backend in BACKENDS):
+    settings.load_profile("interpreter")
+    patch_the_language_once_a_kernel()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """With `-m "not thorough"` the interpreter is done in minutes."""
+    config.addinivalue_line("markers", "thorough: more of the kind, which takes Triton's interpreter long")
 
 
 @pytest.fixture(params=BACKENDS, ids=str, scope="session")

@@ -57,6 +57,8 @@ def run_experiment(args: argparse.Namespace, split: Split, device: torch.device,
 
         def advance(run: Run) -> None:
             progress.update(bars[run.name], advance=1, loss=f"task loss {run.record.task_losses[-1]:.2f}")
+            if len(run.record.task_losses) == args.steps:
+                run.save(tokenizer, args.out / _FOLDERS[run.name])
 
         comparison = train(task_only, with_carma, batches, held_out, recipe, advance)
 
@@ -73,12 +75,16 @@ def run_experiment(args: argparse.Namespace, split: Split, device: torch.device,
     }
     write_json(comparison, about, args.out / "results.json")
     console.print(f"The picture, the table and the numbers: {args.out}/curves.png, table.txt, results.json")
+    console.print(f"Both models: {args.out}/{_FOLDERS[TASK_ONLY]}, {_FOLDERS[WITH_CARMA]}")
 
 
 _SETTINGS = (
     *("vocab_size", "layers", "width", "heads", "steps", "batch_size", "learning_rate", "seed"),
     *("carma_weight", "mi_weight", "stability_weight", "temperature", "negatives", "num_negatives", "backend"),
 )
+
+
+_FOLDERS = {TASK_ONLY: "task-only", WITH_CARMA: "with-carma"}
 
 
 def _introduce(console: Console, args: argparse.Namespace, split: Split, statistics: TextStatistics) -> None:

@@ -1,9 +1,9 @@
-"""A small GPT-2 with random weights, and the block outputs that the CARMA losses work on."""
+"""A small GPT-2 with random weights."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from carma_kernels.demo.text import MAX_TOKENS, Batch
@@ -28,28 +28,6 @@ def build_gpt2(*, vocab_size: int, layers: int, width: int, heads: int, seed: in
             use_cache=False,
         )
     )
-
-
-class BlockOutputs:
-    """Stand-in for the package's tap on a model's hidden states, to be replaced by it.
-
-    A hook on each block keeps a reference to what the block returned: `output_hidden_states=True` would put the
-    embeddings first and a normalised state last, neither of which belongs in a loss between layers.
-    """
-
-    def __init__(self, model: GPT2LMHeadModel) -> None:
-        """Watch the blocks of `model`."""
-        self._states: list[Tensor] = []
-        for block in model.transformer.h:
-            block.register_forward_hook(self._keep)
-
-    def _keep(self, _block: nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
-        self._states.append(output[0] if isinstance(output, tuple) else output)
-
-    def take(self) -> list[Tensor]:
-        """The block outputs of the forward pass since the last call, L times `[B, T, D]`; they are let go of here."""
-        states, self._states = self._states, []
-        return states
 
 
 def word_logits(model: GPT2LMHeadModel, batch: Batch) -> Tensor:

@@ -7,16 +7,18 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import GPT2LMHeadModel, get_scheduler
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast, get_scheduler
 
 from carma_kernels import CarmaConfig, CarmaOutput, carma_loss, total_loss
-from carma_kernels.demo.model import BlockOutputs, word_logits
+from carma_kernels.demo.model import word_logits
 from carma_kernels.demo.text import Batch
+from carma_kernels.integrations.transformers import HiddenStateTap
 from carma_kernels.measure import peak_memory, synchronize
 
 _EVALUATIONS = 10
@@ -122,7 +124,7 @@ class Run:
         self.record = Record()
         self._model = model
         self._model.to(recipe.device)  # type: ignore[arg-type]  # in place; transformers types it for its own wrapper only
-        self._blocks = BlockOutputs(model)
+        self._tap = HiddenStateTap(model, no_grad=True)  # evaluations too
         self._recipe = recipe
         self._with_carma = with_carma
         self._optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate)
@@ -156,7 +158,7 @@ class Run:
         hits: list[Tensor] = []
         for batch in batches:
             logits = word_logits(self._model, batch)  # [B, V]
-            carma = self._carma(batch)
+            carma = self._carma(batch, self._tap.hidden_states)
             task_loss = task_loss + F.cross_entropy(logits, batch.labels, reduction="sum")
             hits.append(logits.topk(10).indices == batch.labels[:, None])  # [B, 10]
             mi = mi + carma.mi_per_layer * batch.spans.num_pairs
@@ -164,6 +166,7 @@ class Run:
         hit = torch.cat(hits).float()  # [definitions, 10]
         pairs = sum(batch.spans.num_pairs for batch in batches)
         tokens = sum(batch.attention_mask.sum() for batch in batches)
+        self._tap.clear()
         step = len(self.record.task_losses)
         if not task_loss.isfinite():
             raise FloatingPointError(
@@ -177,6 +180,11 @@ class Run:
             stability_per_layer=(stability / tokens).tolist(),
         )
 
+    def save(self, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+        """Write the model with its tokenizer, as `from_pretrained` reads them."""
+        self._model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
     def measure_peak_memory(self, batch: Batch) -> None:
         """Record what one more training step allocates; it changes the weights, so it comes last."""
         if self._recipe.device.type in ("cpu", "cuda"):
@@ -187,23 +195,24 @@ class Run:
         """Seconds for the CARMA losses alone, forward and backward, on this model's hidden states."""
         with torch.no_grad():
             word_logits(self._model, batch)
-        states = [state.requires_grad_() for state in self._blocks.take()]  # leaves: the backward ends here
+        states = [state.requires_grad_() for state in self._tap.hidden_states]  # leaves: the backward ends here
+        self._tap.clear()
         return _seconds(lambda: self._carma(batch, states).loss.backward(), self._recipe.device)
 
     def _step(self, batch: Batch) -> Tensor:
         self._optimizer.zero_grad()
         loss = task_loss = F.cross_entropy(word_logits(self._model, batch), batch.labels)
-        states = self._blocks.take()
         if self._with_carma:
-            loss = total_loss(task_loss, self._carma(batch, states).loss, self._recipe.carma.carma_weight)
+            carma = self._carma(batch, self._tap.hidden_states)
+            loss = total_loss(task_loss, carma.loss, self._recipe.carma.carma_weight)
+        self._tap.clear()  # or the hidden states would live on into the optimizer's step
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
         self._optimizer.step()
         self._scheduler.step()
         return task_loss.detach()
 
-    def _carma(self, batch: Batch, states: list[Tensor] | None = None) -> CarmaOutput:
-        states = self._blocks.take() if states is None else states
+    def _carma(self, batch: Batch, states: list[Tensor]) -> CarmaOutput:
         recipe = self._recipe
         return carma_loss(states, batch.spans, recipe.carma, mask=batch.attention_mask, backend=recipe.backend)
 

@@ -12,14 +12,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from carma_kernels._operators import forbid_double_backward
-from carma_kernels._terms import MITerm, Similarity, StabilityTerm
+from carma_kernels._operators import (
+    CARMA_SCHEMA,
+    CarmaArguments,
+    carma_arguments,
+    empty_gradients,
+    register_gradient,
+)
+from carma_kernels._terms import MITerm, StabilityTerm
+from carma_kernels.distributed import join_terms
 from carma_kernels.eager.layers import (
     LayerRows,
     compute_dtype,
-    empty_gradients,
     inverse,
-    layer_views,
     norms,
     own_precision,
     receiving_layers,
@@ -27,63 +32,31 @@ from carma_kernels.eager.layers import (
 from carma_kernels.eager.mi import AnchorState, ContrastiveMI
 from carma_kernels.eager.pairs import ListedMI
 from carma_kernels.eager.stability import stability, stencil, stencil_weights, sum_of_squares
-from carma_kernels.pairs import PairIndex
 from carma_kernels.spans import ContrastTable
 
 
 def carma_terms(
-    hidden: Tensor | Sequence[Tensor], mi: MITerm | None, stability: StabilityTerm | None
+    hidden: Tensor | Sequence[Tensor], mi: MITerm | None, stability: StabilityTerm | None, group: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Both losses, unreduced, of hidden states `[L, B, T, D]` or L times `[B, T, D]`.
+    """Both losses, unreduced, of hidden states `[L, B, T, D]` or L times `[B, T, D]`; of the joined batch of a `group`.
 
     Returns:
         The MI loss of each of `mi.layers`, summed over the pairs, `[len(mi.layers)]`, and the stability loss of each
         layer of `stability.layers` with the next, `[len(stability.layers) - 1]`; fp32 (fp64 for fp64 inputs). Empty for
         a term that is None. Both are connected to every layer and, where it is a tensor, to the temperature.
     """
-    pairs = mi.pairs if mi is not None else None
-    similarity = mi.similarity if mi is not None else Similarity(cosine=True, temperature=1.0)
-    learned = similarity.temperature if isinstance(similarity.temperature, Tensor) else None
-    mi_layers = mi.layers if mi is not None else range(0)
-    stability_layers = stability.layers if stability is not None else range(0)
-    problem = _Problem(
-        hidden=[hidden] if isinstance(hidden, Tensor) else list(hidden),
-        pairs=_pair_tensors(pairs),
-        mask=stability.mask if stability is not None else None,
-        temperature=learned,
-        temperature_value=1.0 if isinstance(similarity.temperature, Tensor) else similarity.temperature,
-        cosine=similarity.cosine,
-        covers_batch=isinstance(pairs, ContrastTable) and pairs.covers_batch,
-        match_negatives=mi.match_negatives if mi is not None else None,
-        eps=stability.eps if stability is not None else 0.0,
-        ranges=[mi_layers.start, mi_layers.stop, stability_layers.start, stability_layers.stop],
-    )
-    sums, terms, *_ = _forward(*problem)
+    sums, terms, *_ = _forward(*carma_arguments(hidden, mi, stability, group, _tables))
     return sums, terms
 
 
-class _Problem(NamedTuple):
-    """The operators' arguments, in the order of `_ARGUMENTS`."""
+def _tables(table: ContrastTable) -> list[Tensor]:
+    return [table.key_token, table.key_word, table.anchor_slot, table.anchor_word]
 
-    hidden: list[Tensor]  # [L, B, T, D] alone, or L times [B, T, D]
-    pairs: list[Tensor]  # the tensors of a ContrastTable, of a PairIndex, or none
-    mask: Tensor | None  # [B, T] of the stability term
-    temperature: Tensor | None  # 0-d
-    temperature_value: float  # if temperature is None
-    cosine: bool
-    covers_batch: bool
-    match_negatives: float | None
-    eps: float
-    ranges: list[int]  # start and stop of the MI layers, then of the stability layers
 
-    @property
-    def layers(self) -> tuple[Tensor, ...]:
-        """`[B, T, D]` each."""
-        return layer_views(self.hidden)
+class _Problem(CarmaArguments):
+    """What the operators were asked."""
 
-    @property
-    def mi_layers(self) -> range:
-        return range(*self.ranges[:2])
+    __slots__ = ()
 
     @property
     def stability_layers(self) -> range:
@@ -111,12 +84,6 @@ class _Problem(NamedTuple):
         return ContrastiveMI(table, self.cosine, self.match_negatives)
 
 
-_ARGUMENTS = (
-    "Tensor[] hidden, Tensor[] pairs, Tensor? mask, Tensor? temperature, float temperature_value, bool cosine, "
-    "bool covers_batch, float? match_negatives, float eps, int[] ranges"
-)
-
-
 class _Saved(NamedTuple):
     """What the forward leaves for the backward: a few numbers a token and layer."""
 
@@ -130,18 +97,10 @@ class _Saved(NamedTuple):
         return AnchorState(self.log_negatives[at], self.pull[at])
 
 
-def _pair_tensors(pairs: ContrastTable | PairIndex | None) -> list[Tensor]:
-    if pairs is None:
-        return []
-    if isinstance(pairs, PairIndex):
-        return [pairs.anchor, pairs.positive, pairs.negatives]
-    return [pairs.key_token, pairs.key_word, pairs.anchor_slot, pairs.anchor_word]
-
-
 @torch.library.custom_op(
     "carma_kernels::torch_carma_terms",
     mutates_args=(),
-    schema=f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({CARMA_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     problem = _Problem(*arguments)
@@ -167,6 +126,8 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
         if changes:
             B, T, D = problem.layers[0].shape
             stability(energies, changes, valid, B * T * D, D, problem.eps, out=(losses, saved.scale))
+        if problem.group is not None:
+            join_terms(problem.group, sums, losses, saved.scale, problem.layers[0], problem.mask)
     return sums, losses, *saved
 
 
@@ -197,21 +158,22 @@ def _empty_results(problem: _Problem) -> tuple[Tensor, Tensor, _Saved]:
     "carma_kernels::torch_carma_terms_backward",
     mutates_args=(),
     schema=(
-        f"(Tensor? grad_sums, Tensor? grad_losses, Tensor losses, Tensor[] saved, bool[] needs_grad, {_ARGUMENTS}) "
-        "-> (Tensor[], Tensor)"
+        "(Tensor? grad_sums, Tensor? grad_losses, Tensor[] kept, bool[] needs_grad, bool needs_work, "
+        f"{CARMA_SCHEMA}) -> (Tensor[], Tensor)"
     ),
 )
 def _backward(
     grad_sums: Tensor | None,
     grad_losses: Tensor | None,
-    losses: Tensor,
-    saved_tensors: list[Tensor],
+    kept: list[Tensor],
     needs_grad: list[bool],
+    needs_work: bool,
     *arguments: Any,
 ) -> tuple[list[Tensor], Tensor]:
     """The gradients of the hidden states that need one, and `-tau` times that of the temperature."""
     problem = _Problem(*arguments)
-    saved = _Saved(*saved_tensors)
+    losses, *rest = kept
+    saved = _Saved(*rest)
     layers = problem.layers
     gradients = empty_gradients(problem.hidden, needs_grad)
     receiver = receiving_layers(problem.hidden, gradients, needs_grad)
@@ -231,7 +193,7 @@ def _backward(
             step = {layer, layer + 1}
             if step <= set(stability_layers) and step & receiver.keys():
                 after = rows.step(layer)
-            if layer in receiver or (layer in mi_layers and problem.temperature is not None):
+            if layer in receiver or (layer in mi_layers and needs_work):
                 out = _row_buffer(receiver.get(layer), layers[layer], dtype)  # [N, D]
                 if layer in stability_layers:
                     stencil(rows[layer], before, after, weights[layer - stability_layers.start], valid, out)
@@ -250,39 +212,13 @@ def _backward(
 
 @_backward.register_fake
 def _(*upstream_and_arguments: Any) -> tuple[list[Tensor], Tensor]:
-    needs_grad, *arguments = upstream_and_arguments[4:]
+    needs_grad, _, *arguments = upstream_and_arguments[3:]
     problem = _Problem(*arguments)
     first = problem.hidden[0]
     return empty_gradients(problem.hidden, needs_grad), first.new_zeros((), dtype=compute_dtype(first.dtype))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    problem = _Problem(*inputs)
-    ctx.problem = problem._replace(hidden=[], pairs=[], mask=None, temperature=None)
-    optional = [tensor for tensor in (problem.mask, problem.temperature) if tensor is not None]
-    ctx.sizes = (len(problem.hidden), len(problem.pairs))
-    ctx.has = (problem.mask is not None, problem.temperature is not None)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*problem.hidden, *problem.pairs, *optional, *output[1:])
-
-
-def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    tensors = iter(ctx.saved_tensors)
-    hidden, pairs = ([next(tensors) for _ in range(size)] for size in ctx.sizes)
-    mask, temperature = (next(tensors) if present else None for present in ctx.has)
-    losses, *saved = tensors
-    problem = ctx.problem._replace(hidden=hidden, pairs=pairs, mask=mask, temperature=temperature)
-    needs_hidden, needs_temperature = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
-    gradients, work = _backward(*grads[:2], losses, saved, list(needs_hidden), *problem)
-    each = [gradients.pop(0) if needed else None for needed in needs_hidden]
-    grad_temperature = None
-    if temperature is not None and needs_temperature:  # d s / d tau = -s / tau
-        grad_temperature = (-work / temperature).to(temperature.dtype)
-    return each, [None] * len(pairs), None, grad_temperature, *[None] * (len(problem) - 4)
-
-
-_forward.register_autograd(_differentiate, setup_context=_setup_context)
-forbid_double_backward(_backward, "the CARMA losses")
+register_gradient(_forward, _backward, CarmaArguments, num_losses=2, function="the CARMA losses")
 
 
 def _row_buffer(gradient: Tensor | None, layer: Tensor, dtype: torch.dtype) -> Tensor:

@@ -26,20 +26,6 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def layer_views(hidden: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The layers `[B, T, D]` each, of `[L, B, T, D]` alone or of L times `[B, T, D]`."""
-    return hidden[0].unbind(0) if hidden[0].dim() == 4 else tuple(hidden)
-
-
-def empty_gradients(hidden: Sequence[Tensor], needs_grad: Sequence[bool]) -> list[Tensor]:
-    """Room for the gradients of those of `hidden` that need one."""
-    return [
-        torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-        for tensor, needed in zip(hidden, needs_grad, strict=True)
-        if needed
-    ]
-
-
 def receiving_layers(
     hidden: Sequence[Tensor], gradients: Sequence[Tensor], needs_grad: Sequence[bool]
 ) -> dict[int, Tensor]:

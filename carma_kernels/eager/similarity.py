@@ -8,20 +8,25 @@ with `G` the upstream gradient (the dot product has r = 1 and no second term).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from carma_kernels._operators import forbid_double_backward
+from carma_kernels._operators import (
+    SIMILARITY_SCHEMA,
+    SimilarityArguments,
+    empty_gradients,
+    layer_views,
+    register_gradient,
+    similarity_arguments,
+)
 from carma_kernels._terms import Similarity
 from carma_kernels.eager.layers import (
     LayerRows,
     compute_dtype,
-    empty_gradients,
     inverse,
     inverse_norms,
-    layer_views,
     norms,
     own_precision,
     receiving_layers,
@@ -36,29 +41,14 @@ def pairwise_similarity(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """`[len(layers), B, T, T]` in `out_dtype`: see `carma_kernels.pairwise_similarity`."""
-    problem = _Problem(
-        hidden=[hidden] if isinstance(hidden, Tensor) else list(hidden),
-        mask=mask,
-        temperature=similarity.temperature if isinstance(similarity.temperature, Tensor) else None,
-        temperature_value=1.0 if isinstance(similarity.temperature, Tensor) else similarity.temperature,
-        cosine=similarity.cosine,
-        range=[layers.start, layers.stop],
-        out_dtype=out_dtype,
-    )
-    matrix: Tensor = _forward(*problem)
+    matrix: Tensor = _forward(*similarity_arguments(hidden, layers, similarity, mask, out_dtype))
     return matrix
 
 
-class _Problem(NamedTuple):
-    """The operators' arguments, in the order of `_ARGUMENTS`."""
+class _Problem(SimilarityArguments):
+    """What the operators were asked."""
 
-    hidden: list[Tensor]  # [L, B, T, D] alone, or L times [B, T, D]
-    mask: Tensor | None  # [B, T]
-    temperature: Tensor | None  # 0-d
-    temperature_value: float  # if temperature is None
-    cosine: bool
-    range: list[int]
-    out_dtype: torch.dtype
+    __slots__ = ()
 
     @property
     def layers(self) -> tuple[Tensor, ...]:
@@ -72,14 +62,8 @@ class _Problem(NamedTuple):
         return inverse(temperature, compute_dtype(self.hidden[0].dtype))
 
 
-_ARGUMENTS = (
-    "Tensor[] hidden, Tensor? mask, Tensor? temperature, float temperature_value, bool cosine, int[] range, "
-    "ScalarType out_dtype"
-)
-
-
 @torch.library.custom_op(
-    "carma_kernels::torch_pairwise_similarity", mutates_args=(), schema=f"({_ARGUMENTS}) -> Tensor"
+    "carma_kernels::torch_pairwise_similarity", mutates_args=(), schema=f"({SIMILARITY_SCHEMA}) -> Tensor"
 )
 def _forward(*arguments: Any) -> Tensor:
     problem = _Problem(*arguments)
@@ -106,9 +90,17 @@ def _empty_matrix(problem: _Problem) -> Tensor:
 @torch.library.custom_op(
     "carma_kernels::torch_pairwise_similarity_backward",
     mutates_args=(),
-    schema=f"(Tensor grad, bool[] needs_grad, {_ARGUMENTS}) -> (Tensor[], Tensor)",
+    schema=(
+        f"(Tensor grad, Tensor[] kept, bool[] needs_grad, bool needs_work, {SIMILARITY_SCHEMA}) -> (Tensor[], Tensor)"
+    ),
 )
-def _backward(grad: Tensor, needs_grad: list[bool], *arguments: Any) -> tuple[list[Tensor], Tensor]:
+def _backward(
+    grad: Tensor,
+    kept: list[Tensor],  # noqa: ARG001
+    needs_grad: list[bool],
+    needs_work: bool,
+    *arguments: Any,
+) -> tuple[list[Tensor], Tensor]:
     """The gradients of the hidden states that need one, and `-tau` times that of the temperature."""
     problem = _Problem(*arguments)
     layers = problem.layers
@@ -123,7 +115,7 @@ def _backward(grad: Tensor, needs_grad: list[bool], *arguments: Any) -> tuple[li
         rows = LayerRows(layers)
         scale = problem.inverse_temperature
         for place, layer in enumerate(range(*problem.range)):
-            if layer not in receiver and problem.temperature is None:
+            if layer not in receiver and not needs_work:
                 continue
             score, side, valid = _scores(rows[layer].view(B, T, D), problem.cosine, problem.mask, scale)
             upstream = grad[place].to(dtype)  # [B, T, T]
@@ -145,34 +137,13 @@ def _backward(grad: Tensor, needs_grad: list[bool], *arguments: Any) -> tuple[li
 
 
 @_backward.register_fake
-def _(grad: Tensor, needs_grad: list[bool], *arguments: Any) -> tuple[list[Tensor], Tensor]:  # noqa: ARG001
+def _(*upstream_and_arguments: Any) -> tuple[list[Tensor], Tensor]:
+    needs_grad, _, *arguments = upstream_and_arguments[2:]
     hidden = _Problem(*arguments).hidden
     return empty_gradients(hidden, needs_grad), hidden[0].new_zeros((), dtype=compute_dtype(hidden[0].dtype))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
-    problem = _Problem(*inputs)
-    ctx.problem = problem._replace(hidden=[], mask=None, temperature=None)
-    ctx.has = (problem.mask is not None, problem.temperature is not None)
-    optional = [tensor for tensor in (problem.mask, problem.temperature) if tensor is not None]
-    ctx.save_for_backward(*optional, *problem.hidden)
-
-
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    tensors = iter(ctx.saved_tensors)
-    mask, temperature = (next(tensors) if present else None for present in ctx.has)
-    problem = ctx.problem._replace(hidden=list(tensors), mask=mask, temperature=temperature)
-    needs_hidden = list(ctx.needs_input_grad[0])
-    gradients, work = _backward(grad, needs_hidden, *problem)
-    each = [gradients.pop(0) if needed else None for needed in needs_hidden]
-    grad_temperature = None
-    if temperature is not None and ctx.needs_input_grad[2]:  # d s / d tau = -s / tau
-        grad_temperature = (-work / temperature).to(temperature.dtype)
-    return each, None, grad_temperature, *[None] * (len(problem) - 3)
-
-
-_forward.register_autograd(_differentiate, setup_context=_setup_context)
-forbid_double_backward(_backward, "pairwise_similarity")
+register_gradient(_forward, _backward, SimilarityArguments, num_losses=1, function="pairwise_similarity")
 
 
 def _scores(tokens: Tensor, cosine: bool, mask: Tensor | None, scale: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:

@@ -66,20 +66,25 @@ TARGETS = {
 INTERPRETER = Target("interpreter", 227 * 1024)
 
 
-def _whole_rows(elements: int) -> list[Configuration]:
-    """A program holds whole rows, so that a row's sum needs no second program; `elements` in all, at 4 warps."""
+_WIDEST = 16384
+
+
+def _rows(elements: int, widest: int = _WIDEST) -> list[Configuration]:
+    """A program holds whole rows, or blocks of those wider than `widest`; `elements` in all, at 4 warps."""
     return [
         Configuration(
             {"BLOCK_ROWS": max(1, elements // width), "BLOCK_D": width},
             num_warps=min(16, max(4, 4 * width // elements)),
-            max_size=width,
+            max_size=width if width < widest else _WIDEST,
         )
         for width in (32, 128, 512, 1024, 2048, 4096, 8192, 16384)
+        if width <= widest
     ]
 
 
 def _short(tokens: int, columns: int, buffers: int, **rest: Any) -> Configuration:
-    constants = {"BLOCK_T": tokens, "BLOCK_D": columns, "NUM_BUFFERS": buffers}
+    """Rows of the score matrix of up to `tokens`: 64, because those of 128 would not stay in registers."""
+    constants = {"BLOCK_M": min(tokens, 64), "BLOCK_T": tokens, "BLOCK_D": columns, "NUM_BUFFERS": buffers}
     return Configuration(constants, max_size=tokens, **rest)
 
 
@@ -99,28 +104,33 @@ def _rows_of_product(rows: int, depth: int, width: int, pieces: int, **rest: Any
 
 
 TABLE: dict[str, list[Configuration]] = {
-    # size: D. A tile and the one before it: 80 registers a thread
-    "stability_forward": _whole_rows(4096),
+    # size: D. A tile and the one before it: 80 registers a thread. Whole rows: a row's sum needs no second program
+    "stability_forward": _rows(4096),
     # size: D. Three tiles in fp32: half as many elements keep as many programs on a multiprocessor
-    "stability_backward": _whole_rows(2048),
-    # size: tokens of a group. Up to 64: a larger score matrix does not stay in registers
+    "stability_backward": _rows(2048, widest=4096),
+    # size: tokens of a group. Up to 128: of more, two programs a multiprocessor would not hold the rows
     "short_forward": [
         _short(16, 128, 3, max_bytes=2),
         _short(32, 128, 3, max_bytes=2),
-        _short(64, 64, 3, max_bytes=2),
+        _short(64, 64, 3, max_bytes=2, num_warps=8),
+        _short(128, 64, 2, max_bytes=2, num_warps=8),
         _short(16, 64, 3),
         _short(32, 64, 3),
         _short(64, 32, 3, num_warps=8),
+        _short(128, 16, 2, num_warps=8),
     ],
     # size: tokens of a group
     "short_backward": [
-        _short(16, 64, 3, max_bytes=2),
+        _short(16, 128, 3, max_bytes=2),
         _short(32, 64, 3, max_bytes=2),
         _short(64, 64, 3, max_bytes=2, num_warps=8, shared_memory=88 * 1024),
         _short(64, 32, 2, max_bytes=2),
+        _short(128, 64, 2, max_bytes=2, num_warps=8, shared_memory=80 * 1024),
+        _short(128, 32, 2, max_bytes=2, num_warps=8),
         _short(16, 32, 2),
         _short(32, 32, 2),
         _short(64, 32, 2, num_warps=8),
+        _short(128, 16, 2, num_warps=8),
     ],
     # size: tokens of a group, in all three. A multiprocessor holds two programs of 8 warps at 128 registers a thread,
     # with 96 KB of shared memory each; where it does not have that, smaller tiles, as for fp32 without tensor cores.
@@ -159,10 +169,10 @@ TABLE: dict[str, list[Configuration]] = {
     ],
     # size: D
     "pairs_forward": [Configuration({"BLOCK_D": 256})],
-    # size: D, a row of which is one program's
+    # size: D. Whole rows, or blocks of wider ones
     "pairs_backward": [
-        Configuration({"BLOCK_D": width}, num_warps=max(1, width // 512), max_size=width)
-        for width in (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+        Configuration({"BLOCK_D": width}, num_warps=max(1, width // 512), max_size=width if width < 4096 else math.inf)
+        for width in (128, 256, 512, 1024, 2048, 4096)
     ],
 }
 
@@ -180,3 +190,8 @@ def choose(kernel: str, target: Target, size: int, element_bytes: int) -> Config
         if configuration.fits(target, size, element_bytes):
             return configuration
     return None
+
+
+def longest(kernel: str, target: Target, element_bytes: int) -> float:
+    """The largest size for which the kernel has a configuration; a single number to compare with."""
+    return max((found.max_size for found in TABLE[kernel] if found.fits(target, 0, element_bytes)), default=0)

@@ -9,14 +9,24 @@ anchor's negatives, `z'_i` the same with `match_negatives` added, and `sigma_ij 
                            exp(s_ij - z_i) sum_j' sigma_ij'     for a negative j of i
 
     scores        tiles of anchors x keys -> each anchor's sum of exp(s) over the tile's negatives, its pairs' scores
-    statistics    these -> of each anchor z' and z - log(sum sigma), from which W is made; the loss; and sum W s, from
-                  which the temperature's gradient is made, `d s/d tau = -s / tau`
+    statistics    these -> of each anchor z' and a factor, from which W is made; the loss; and sum W s, from which the
+                  temperature's gradient is made, `d s/d tau = -s / tau`
+
+A negative's W is `exp(s_ij - shift) factor_i`, with z'_i for a shift, or 1/tau where that bounds all scores (BOUNDED).
 """
 
 import triton
 import triton.language as tl
 
-from carma_kernels.kernels.tiles import dot, layer_pointer, log_of_sum, negative_shift, pid64, softplus_sigmoid
+from carma_kernels.kernels.tiles import (
+    dot,
+    gram_accumulator,
+    layer_pointer,
+    log_of_sum,
+    negatives_factor,
+    pid64,
+    softplus_sigmoid,
+)
 
 NO_WORD = tl.constexpr(-1)
 NO_ANCHOR = tl.constexpr(-2)  # the word of a row that is no anchor: neither a key's word nor NO_WORD
@@ -54,7 +64,7 @@ def gram(
     """`h_i . h_j` `[BLOCK_M, BLOCK_N]`."""
     row_ptr = hidden_ptr + row[:, None].to(tl.int64) * D
     column_ptr = hidden_ptr + column[:, None].to(tl.int64) * D
-    dots = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    dots = gram_accumulator(BLOCK_M, BLOCK_N, INTERPRETED)
     for start in range(0, D, BLOCK_D):
         offs_d = start + tl.arange(0, BLOCK_D)[None, :]
         if EVEN_D:
@@ -64,7 +74,7 @@ def gram(
             rows = tl.load(row_ptr + offs_d, mask=offs_d < D, other=0.0)
             columns = tl.load(column_ptr + offs_d, mask=offs_d < D, other=0.0)
         dots = dot(rows, tl.trans(columns), dots, PRECISION, INTERPRETED)
-    return dots
+    return dots.to(tl.float32)
 
 
 @triton.jit
@@ -249,7 +259,7 @@ def _mi_statistics_kernel(
     inverse_temperature_ptr,  # 0-d
     pair_score_ptr,  # [layers of this launch, P]
     partial_ptr,  # as in _mi_scores_kernel
-    anchor_state_ptr,  # [layers, S, 2, A] z' and z - log(sum sigma)
+    anchor_state_ptr,  # [layers, S, 2, A] z' and the factor of the negatives' weights
     sums_ptr,  # [layers, 2, S * anchor blocks] sum W s, and sum of the anchors' inverse norms
     loss_ptr,  # [layers, S * anchor blocks]
     log_match,  # log(match_negatives)
@@ -282,23 +292,22 @@ def _mi_statistics_kernel(
         for _ in range(tl.cdiv(num_valid, KEY_BLOCK)):
             total += tl.load(partial_ptr, mask=is_anchor, other=0.0)
             partial_ptr += A
-        z = log_of_sum(inverse_temperature, total)
+        maximum = tl.full((BLOCK_A,), 0.0, tl.float32) + inverse_temperature
     else:
         partial_ptr += matrix * tl.cdiv(N, KEY_BLOCK) * 3 * A + rank
         for _ in range(tl.cdiv(num_valid, KEY_BLOCK)):
             tile_maximum = tl.load(partial_ptr, mask=is_anchor, other=MINUS_INFINITY)
             before = maximum
             maximum = tl.maximum(before, tile_maximum)
-            shift = tl.where(maximum == MINUS_INFINITY, 0.0, maximum)
-            decay = tl.exp(before - shift)
-            tile_decay = tl.exp(tile_maximum - shift)
+            so_far = tl.where(maximum == MINUS_INFINITY, 0.0, maximum)
+            decay = tl.exp(before - so_far)
+            tile_decay = tl.exp(tile_maximum - so_far)
             total = total * decay + tl.load(partial_ptr + A, mask=is_anchor, other=0.0) * tile_decay
             slope = slope * decay + tl.load(partial_ptr + 2 * A, mask=is_anchor, other=0.0) * tile_decay
             partial_ptr += 3 * A
-        z = log_of_sum(maximum, total)
     mean_score = slope / tl.where(total > 0, total, 1.0)  # of the negatives, each weighted with exp(s - z)
 
-    matched = z
+    matched = log_of_sum(maximum, total)
     if MATCH:
         count = tl.load(num_negatives_ptr + group * A + rank, mask=is_anchor, other=0)
         matched += log_match - tl.log(tl.maximum(count, 1).to(tl.float32))
@@ -318,7 +327,8 @@ def _mi_statistics_kernel(
 
     anchor_state_ptr += (state * S + group) * 2 * A + rank
     tl.store(anchor_state_ptr, matched, mask=rank < A)
-    tl.store(anchor_state_ptr + A, negative_shift(z, pull), mask=rank < A)
+    shift = maximum if BOUNDED else matched
+    tl.store(anchor_state_ptr + A, negatives_factor(pull, shift, maximum, total), mask=rank < A)
     scale = tl.zeros((BLOCK_A,), tl.float32)
     if COSINE:
         token = tl.load(token_ptr + group * R + rank, mask=is_anchor, other=0)

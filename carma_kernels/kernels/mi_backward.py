@@ -115,8 +115,8 @@ def _mi_weights_kernel(
         norm_scale *= tl.load(range_scale_ptr + state)
     anchor_word = tl.where(is_anchor, tl.load(word_ptr + rank), NO_ANCHOR)
     z = tl.load(anchor_state_ptr + rank, mask=is_anchor, other=0.0)
-    shift = tl.load(anchor_state_ptr + A + rank, mask=is_anchor, other=INFINITY)
-    anchors = (scale, norm_scale, anchor_word, anchor_token, z, shift)
+    factor = tl.load(anchor_state_ptr + A + rank, mask=is_anchor, other=0.0)
+    anchors = (scale, norm_scale, anchor_word, anchor_token, z, factor)
     tables = (token_ptr, word_ptr, inverse_norm_ptr)
     states = (anchor_state_ptr, anchor_state_ptr + A, num_anchors, inverse_temperature)
     matrix = pid64(2) * tl.num_programs(1) + pid64(1)
@@ -135,10 +135,10 @@ def _mi_weights_kernel(
 @triton.jit
 def _store_weights(
     dots,  # [BLOCK_M, BLOCK_N]
-    anchors,  # scale, norm scale, word, token, z', z - log(sum sigma): [BLOCK_M] each
+    anchors,  # scale, norm scale, word, token, z', factor of the negatives' weights: [BLOCK_M] each
     key_start,
     tables,
-    states,  # the group's z' and z - log(sum sigma), how many anchors have them, and 1/tau
+    states,  # the group's z' and factors, how many anchors have them, and 1/tau
     out,  # [BLOCK_M, 1] each row's first element of the tile, and the first column's sum
     COSINE: tl.constexpr,
     BOUNDED: tl.constexpr,
@@ -186,23 +186,24 @@ def _store_piece(
     INTERPRETED: tl.constexpr,
 ):
     """`_store_weights` of a piece."""
-    scale, norm_scale, word, token, z, shift = anchors
-    z_ptr, shift_ptr, num_anchors, inverse_temperature = states
+    scale, norm_scale, word, token, z, factor = anchors
+    z_ptr, factor_ptr, num_anchors, inverse_temperature = states
     token_ptr, _, inverse_norm_ptr = tables
     weight_ptr, column_sum_ptr = out
     score, key_word = scores(dots, scale, key, tables, COSINE)
-    key_shift = tl.load(shift_ptr + key, mask=key < num_anchors, other=INFINITY)
+    key_factor = tl.load(factor_ptr + key, mask=key < num_anchors, other=0.0)
+    if POSITIVES or not BOUNDED:
+        key_z = tl.load(z_ptr + key, mask=key < num_anchors, other=INFINITY)
     same_word = word[:, None] == key_word[None, :]
     is_negative = (word != NO_ANCHOR)[:, None] & (key_word != NO_WORD)[None, :] & ~same_word
     exponent = tl.where(is_negative, score, MINUS_INFINITY)
-    if BOUNDED:  # exp(s - a) + exp(s - b) = exp(s - 1/tau) (exp(1/tau - a) + exp(1/tau - b))
-        both = tl.exp(inverse_temperature - shift)[:, None] + tl.exp(inverse_temperature - key_shift)[None, :]
-        weight = tl.exp(exponent - inverse_temperature) * both
+    if BOUNDED:
+        weight = tl.exp(exponent - inverse_temperature) * (factor[:, None] + key_factor[None, :])
     else:
-        weight = tl.exp(exponent - shift[:, None]) + tl.exp(exponent - key_shift[None, :])
+        weight = tl.exp(exponent - z[:, None]) * factor[:, None]
+        weight += tl.exp(exponent - key_z[None, :]) * key_factor[None, :]
     if POSITIVES:
         distance = tl.load(token_ptr + key)[None, :] - token[:, None]
-        key_z = tl.load(z_ptr + key, mask=key < num_anchors, other=0.0)
         _, sigma = softplus_sigmoid(tl.where(distance > 0, z[:, None], key_z[None, :]) - score)
         weight = tl.where(same_word & (distance != 0), -sigma, weight)
     weight *= norm_scale[:, None]

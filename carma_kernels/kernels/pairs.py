@@ -6,7 +6,7 @@ similarity of i to a slot's token and z the log-sum-exp over the negatives,
     cost     = softplus(z - s_0)
     d cost/ds = W = -sigmoid(z - s_0) for slot 0,  exp(s_k - z) sigmoid(z - s_0) for a negative
 
-    d/dh_i = x - r_i^2 (h_i.x) h_i,    x = r_i / tau * sum over the slots that touch i of W r_j h_j
+    d/dh_i = r_i / tau * sum of W r_j h_j  -  r_i^2 h_i sum of W s,    sums over the slots that touch i
 
 where j is the other end of the slot's edge: the gradient of a token is a sum over the slots of which it is the anchor
 or the token. An index, sorted once, lists these for every token, so that each row has one owner and one order of
@@ -131,7 +131,7 @@ def _pairs_backward_kernel(
     HAS_MASK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One row of the gradient, that of a token in a layer, stability included. Grid (N, L)."""
+    """A piece of one row of the gradient, that of a token in a layer, stability included. Grid (N, L, blocks of D)."""
     place = pid64(1)
     layer = first_layer + place
     if not has_layer(out_table, layer):
@@ -145,25 +145,25 @@ def _pairs_backward_kernel(
     start_ptr += place * stride_start_l + token
     start = tl.load(start_ptr)
     stop = tl.load(start_ptr + 1)
-    d = tl.arange(0, BLOCK_D)
+    d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     offset = token * D + d
     in_row = d < D
 
-    x = tl.zeros((BLOCK_D,), tl.float32)
+    x = tl.zeros((BLOCK_D,), tl.float32)  # sum of W r_j h_j
+    work = 0.0  # sum of W s
     for n in range(start, stop):
         other = tl.load(other_ptr + n).to(tl.int64)
-        weight = _edge_weight(score_ptr, summary_ptr, tl.load(edge_ptr + n), num_slots)
+        weight, score = _edge(score_ptr, summary_ptr, tl.load(edge_ptr + n), num_slots)
+        work += weight * score
         if COSINE:
             weight *= tl.load(inverse_norm_ptr + other)
         x += weight * load_rows(hidden_ptr, other * D + d, in_row)
-    x *= tl.load(inverse_temperature_ptr) * tl.load(grad_ptr + place)
-
-    has_edges = start < stop
-    h = load_rows(hidden_ptr, offset, in_row & has_edges)  # padding and foreign tokens are not read
+    x *= tl.load(inverse_temperature_ptr)
     if COSINE:
+        has_edges = start < stop  # padding and foreign tokens are not read
         r = tl.load(inverse_norm_ptr + token, mask=has_edges, other=0.0)
-        x *= r
-        x -= tl.sum(h * x, 0) * r * r * h
+        x = r * (x - work * r * load_rows(hidden_ptr, offset, in_row & has_edges))
+    x *= tl.load(grad_ptr + place)
     if HAS_STENCIL:
         takes_part = True
         if HAS_MASK:
@@ -177,14 +177,15 @@ def _pairs_backward_kernel(
 
 
 @triton.jit
-def _edge_weight(score_ptr, summary_ptr, edge, num_slots):
-    """`W` of a slot that holds a token."""
+def _edge(score_ptr, summary_ptr, edge, num_slots):
+    """`W` and `s` of a slot that holds a token."""
     pair = edge // num_slots
     z = tl.load(summary_ptr + pair.to(tl.int64) * 2)
     positive_score = tl.load(score_ptr + pair * num_slots)
     _, pull = softplus_sigmoid(z - positive_score)
+    score = tl.load(score_ptr + edge)
     if edge == pair * num_slots:  # noqa: SIM108 (Triton has no ternary for what is known at run time)
         weight = -pull
     else:
-        weight = pull * tl.exp(tl.load(score_ptr + edge) - z)
-    return weight
+        weight = pull * tl.exp(score - z)
+    return weight, score

@@ -1,8 +1,8 @@
-"""The MI loss of short groups, with the stability loss on the way: a program holds a group's whole score matrix.
+"""The MI loss of short groups, with the stability loss on the way: a program holds whole rows of the score matrix.
 
-A group is what an anchor is compared with: a sequence, or the batch. Its N tokens are at most `BLOCK_T`, so nothing of
-the scores goes to memory. With `s_ij` the similarity, `z_i` the log-sum-exp of anchor i's negatives and
-`sigma_ij = sigmoid(z_i - s_ij)` (there, z with `match_negatives`),
+A group is what an anchor is compared with: a sequence, or the batch. Its N tokens are at most `BLOCK_T`, and a program
+has `BLOCK_M` of them, its rows, against all: nothing of the scores goes to memory. With `s_ij` the similarity, `z_i`
+the log-sum-exp of anchor i's negatives and `sigma_ij = sigmoid(z_i - s_ij)` (there, z with `match_negatives`),
 
     M_ij = -sigma_ij                                             for tokens of one word, i the earlier
            exp(s_ij) (pull_i / exp(z_i) + pull_j / exp(z_j))     for tokens of different words, pull_i = sum_j sigma_ij
@@ -20,12 +20,13 @@ import triton.language as tl
 from carma_kernels.kernels.stability import step_weights
 from carma_kernels.kernels.tiles import (
     dot,
+    gram_accumulator,
     has_layer,
     inverse_norm,
     layer_pointer,
     load_rows,
     log_of_sum,
-    negative_shift,
+    negatives_factor,
     neighbours,
     pid64,
     rounded,
@@ -35,13 +36,23 @@ from carma_kernels.kernels.tiles import (
 
 
 @triton.jit
-def _relations(word, BLOCK_T: tl.constexpr):
-    """Of each two tokens (i, j): are they two tokens of one word, are they of different words, is i the earlier."""
-    token = tl.arange(0, BLOCK_T)
-    valid = (word >= 0)[:, None] & (word >= 0)[None, :]
-    same_word = word[:, None] == word[None, :]
-    positive = valid & same_word & (token[:, None] != token[None, :])
-    return positive, valid & (same_word == 0), token[:, None] < token[None, :]
+def _relations(row, row_word, token, word):
+    """Of rows and tokens: are they two tokens of one word, are they of different words, is the row the earlier."""
+    valid = (row_word >= 0)[:, None] & (word >= 0)[None, :]
+    same_word = row_word[:, None] == word[None, :]
+    positive = valid & same_word & (row[:, None] != token[None, :])
+    return positive, valid & (same_word == 0), row[:, None] < token[None, :]
+
+
+@triton.jit
+def _kinds(token, start, word_ptr, mask_ptr, N, STABILITY: tl.constexpr, HAS_MASK: tl.constexpr):
+    """Of tokens of the group at `start`: their words, -1 for none; whether the stability loss takes them, or either."""
+    is_token = token < N
+    word = tl.load(word_ptr + start + token, mask=is_token, other=-1)
+    in_stability = is_token & STABILITY
+    if HAS_MASK:
+        in_stability &= tl.load(mask_ptr + start + token, mask=is_token, other=0) != 0
+    return word, in_stability, in_stability | (word >= 0)
 
 
 @triton.jit(do_not_specialize=["N", "start", "mi_start", "num_mi", "stability_start", "num_steps"])
@@ -51,7 +62,7 @@ def _short_forward_kernel(
     mask_ptr,  # [S, N] uint8, rows in the sums of the stability loss
     inverse_temperature_ptr,  # 0-d
     inverse_norms_ptr,  # [num_mi, S, N] out
-    state_ptr,  # [num_mi, 2, S, N] out: z for the positives, z - log pull for the negatives
+    state_ptr,  # [num_mi, 2, S, N] out: z' and the factor of the negatives' weights
     work_ptr,  # [num_mi, S, N] out, sum over j of W_ij s_ij
     mi_partials_ptr,  # [num_mi, S, BLOCK_T] out
     partials_ptr,  # [2 * walked + 1, S, BLOCK_T] out, see stability._stability_forward_kernel
@@ -72,13 +83,15 @@ def _short_forward_kernel(
     DTYPE: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     INTERPRETED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
     NUM_BUFFERS: tl.constexpr,
 ):
-    """Grid: groups S x layers walked. One pass over the rows of a group in a layer."""
-    group = pid64(0)
-    groups = tl.num_programs(0)
+    """Grid: groups S * their blocks of rows x layers walked. One pass over a group in a layer."""
+    BLOCKS: tl.constexpr = BLOCK_T // BLOCK_M
+    group = pid64(0) // BLOCKS
+    groups = tl.num_programs(0) // BLOCKS
     at = pid64(1)
     layer = start + at
     in_mi = (layer >= mi_start) & (layer < mi_start + num_mi)
@@ -86,71 +99,92 @@ def _short_forward_kernel(
     has_step = (layer >= stability_start) & (layer < stability_start + num_steps)
 
     token = tl.arange(0, BLOCK_T)
-    is_token = token < N
-    word = tl.load(word_ptr + group * N + token, mask=is_token, other=-1)
-    is_read = word >= 0
+    word, _, is_read = _kinds(token, group * N, word_ptr, mask_ptr, N, STABILITY, HAS_MASK)
+    row = tl.program_id(0) % BLOCKS * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_word, takes_part, row_is_read = _kinds(row, group * N, word_ptr, mask_ptr, N, STABILITY, HAS_MASK)
+    hidden = layer_pointer(hidden_table, layer, DTYPE, ALIGNMENT) + group * N * D
     if STABILITY:
-        takes_part = is_token
-        if HAS_MASK:
-            takes_part &= tl.load(mask_ptr + group * N + token, mask=is_token, other=0) != 0
-        is_read |= takes_part
-    rows = layer_pointer(hidden_table, layer, DTYPE, ALIGNMENT) + group * N * D
-    if STABILITY:
-        next_rows = layer_pointer(hidden_table, layer + has_step.to(tl.int32), DTYPE, ALIGNMENT) + group * N * D
-    gram = tl.zeros((BLOCK_T, BLOCK_T), tl.float32)
-    change = tl.zeros((BLOCK_T,), tl.float32)
+        following = layer_pointer(hidden_table, layer + has_step.to(tl.int32), DTYPE, ALIGNMENT) + group * N * D
+    gram = gram_accumulator(BLOCK_M, BLOCK_T, INTERPRETED)
+    energy = tl.zeros((BLOCK_T,), tl.float32)
+    change = tl.zeros((BLOCK_M,), tl.float32)
     for first in tl.range(0, D, BLOCK_D, num_stages=NUM_BUFFERS):
-        column = first + tl.arange(0, BLOCK_D)
-        offset = token[:, None] * D + column[None, :]
-        inside = is_read[:, None] & (column < D)[None, :]
-        x = tl.load(rows + offset, mask=inside, other=0.0)  # [BLOCK_T, BLOCK_D]
-        gram = dot(x, tl.trans(x), gram, PRECISION, INTERPRETED)
+        column = first + tl.arange(0, BLOCK_D)[None, :]
+        reads = is_read[:, None] & (column < D)
+        others = tl.load(hidden + token[:, None] * D + column, mask=reads, other=0.0)  # [BLOCK_T, BLOCK_D]
+        x = others  # [BLOCK_M, BLOCK_D]
+        if BLOCKS > 1:
+            x = tl.load(hidden + row[:, None] * D + column, mask=row_is_read[:, None] & (column < D), other=0.0)
+        gram = dot(x, tl.trans(others), gram, PRECISION, INTERPRETED)
+        others = others.to(tl.float32)
+        energy += tl.sum(others * others, 1)
         if STABILITY:
-            step = load_rows(next_rows, offset, inside & has_step) - x.to(tl.float32)
+            reads = takes_part[:, None] & (column < D) & has_step
+            step = load_rows(following, row[:, None] * D + column, reads) - x.to(tl.float32)
             change += tl.sum(step * step, 1)
 
-    diagonal = tl.where(token[:, None] == token[None, :], gram, 0.0)
-    energy = tl.sum(diagonal, 1)  # [BLOCK_T]
-    slot = group * BLOCK_T + token
+    gram = gram.to(tl.float32)
+    # picked from all tokens' instead of added up again: a row's norm must have the same bits there
+    row_energy = tl.sum(tl.where(row[:, None] == token[None, :], energy[None, :], 0.0), 1)  # [BLOCK_M]
+    slot = group * BLOCK_T + row
     if STABILITY:
-        # sums over the tokens are left to the next kernel: reducing a dot to a number does not compile for sm_100
+        # the sums over the tokens are left to the next kernel
         width = groups * BLOCK_T
         walked = tl.num_programs(1)
         sums = partials_ptr + slot
-        tl.store(sums + at * width, tl.where(takes_part, energy, 0.0), mask=in_stability)
+        tl.store(sums + at * width, tl.where(takes_part, row_energy, 0.0), mask=in_stability)
         tl.store(sums + (walked + at + 1) * width, tl.where(takes_part, change, 0.0), mask=has_step)
         tl.store(sums + 2 * walked.to(tl.int64) * width, takes_part.to(tl.float32), mask=at == 0)
 
-    positive, negative, earlier = _relations(word, BLOCK_T)
+    positive, negative, earlier = _relations(row, row_word, token, word)
     positive &= earlier
     score = gram * tl.load(inverse_temperature_ptr)
     if COSINE:
-        inverse = inverse_norm(energy)
-        score *= inverse[:, None] * inverse_norm(tl.sum(diagonal, 0))[None, :]
+        inverse = inverse_norm(row_energy)
+        score *= inverse[:, None] * inverse_norm(energy)[None, :]
     negative_score = tl.where(negative, score, float("-inf"))
     largest = tl.max(negative_score, 1)
     largest = tl.where(largest == float("-inf"), 0.0, largest)
     share = tl.exp(negative_score - largest[:, None])  # of each negative in exp(z), up to a factor
     total = tl.sum(share, 1)
-    z = log_of_sum(largest, total)
-    matched = z
+    matched = log_of_sum(largest, total)
     if MATCH:
         matched += log_match - tl.log(tl.maximum(tl.sum(negative.to(tl.float32), 1), 1.0))
     cost, sigma = softplus_sigmoid(matched[:, None] - score)
     pull = tl.sum(tl.where(positive, sigma, 0.0), 1)
     mi_layer = layer - mi_start
     tl.store(mi_partials_ptr + mi_layer * groups * BLOCK_T + slot, tl.sum(tl.where(positive, cost, 0.0), 1), mask=in_mi)
-    place = (mi_layer * groups + group) * N + token
-    writes = is_token & in_mi
+    place = (mi_layer * groups + group) * N + row
+    writes = (row < N) & in_mi
     state = state_ptr + mi_layer * groups * N + place
     tl.store(state, matched, mask=writes)
-    tl.store(state + groups * N, negative_shift(z, pull), mask=writes)
+    tl.store(state + groups * N, negatives_factor(pull, matched, largest, total), mask=writes)
     if WORK:
-        work = pull * tl.sum(share * tl.where(negative, score, 0.0), 1) / tl.where(total > 0, total, 1.0)
-        work -= tl.sum(tl.where(positive, sigma * score, 0.0), 1)
-        tl.store(work_ptr + place, work, mask=writes)
+        mean_score = tl.sum(share * tl.where(negative, score, 0.0), 1) / tl.where(total != 0, total, 1.0)
+        work = tl.where(positive, sigma * (mean_score[:, None] - score), 0.0)
+        tl.store(work_ptr + place, tl.sum(work, 1), mask=writes)
     if COSINE:
         tl.store(inverse_norms_ptr + place, inverse, mask=writes)
+
+
+@triton.jit
+def _load_state(state_ptr, stride, token, valid):
+    """`z'` of tokens of a group, and the factor of their negatives' weights."""
+    z = tl.load(state_ptr + token, mask=valid, other=0.0)
+    return z, tl.load(state_ptr + stride + token, mask=valid, other=0.0)
+
+
+@triton.jit
+def _derivative(score, relations, row_state, token_state):
+    """`M` of rows and tokens, `[BLOCK_M, BLOCK_T]`."""
+    positive, negative, earlier = relations
+    row_z, row_factor = row_state
+    z, factor = token_state
+    _, sigma = softplus_sigmoid(tl.where(earlier, row_z[:, None], z[None, :]) - score)
+    # masked before the exponential: a positive's may overflow
+    score = tl.where(negative, score, float("-inf"))
+    weight = tl.exp(score - row_z[:, None]) * row_factor[:, None] + tl.exp(score - z[None, :]) * factor[None, :]
+    return tl.where(positive, -sigma, weight)
 
 
 @triton.jit(do_not_specialize=["N", "mi_start", "num_mi", "stability_start", "num_steps", "grad_losses_stride"])
@@ -180,13 +214,15 @@ def _short_backward_kernel(
     DTYPE: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     INTERPRETED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
     NUM_BUFFERS: tl.constexpr,
 ):
-    """Grid: groups S x pieces of D x layers L. The scores again, their derivative M in registers, then M times rows."""
-    group = pid64(0)
-    groups = tl.num_programs(0)
+    """Grid: groups S * their blocks of rows x pieces of D x layers L. Scores, their derivative M, then M times rows."""
+    BLOCKS: tl.constexpr = BLOCK_T // BLOCK_M
+    group = pid64(0) // BLOCKS
+    groups = tl.num_programs(0) // BLOCKS
     piece = tl.program_id(1)
     layer = pid64(2)
     mi_layer = layer - mi_start
@@ -195,51 +231,50 @@ def _short_backward_kernel(
         return
 
     token = tl.arange(0, BLOCK_T)
-    is_token = token < N
-    word = tl.load(word_ptr + group * N + token, mask=is_token & in_mi, other=-1)
+    word = tl.load(word_ptr + group * N + token, mask=(token < N) & in_mi, other=-1)
     valid = word >= 0
+    row = tl.program_id(0) % BLOCKS * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_word, takes_part, is_read = _kinds(row, group * N, word_ptr, mask_ptr, N, STABILITY, HAS_MASK)
+    in_loss = (row_word >= 0) & in_mi
     group_offset = group * N * D
-    rows = layer_pointer(hidden_table, layer, DTYPE, ALIGNMENT) + group_offset
-    gram = tl.zeros((BLOCK_T, BLOCK_T), tl.float32)
+    hidden = layer_pointer(hidden_table, layer, DTYPE, ALIGNMENT) + group_offset
+    gram = gram_accumulator(BLOCK_M, BLOCK_T, INTERPRETED)
     for first in tl.range(0, tl.where(in_mi, D, 0), BLOCK_D, num_stages=NUM_BUFFERS):
-        column = first + tl.arange(0, BLOCK_D)
-        x = tl.load(rows + token[:, None] * D + column[None, :], mask=valid[:, None] & (column < D)[None, :], other=0.0)
-        gram = dot(x, tl.trans(x), gram, PRECISION, INTERPRETED)
+        column = first + tl.arange(0, BLOCK_D)[None, :]
+        others = tl.load(hidden + token[:, None] * D + column, mask=valid[:, None] & (column < D), other=0.0)
+        x = others
+        if BLOCKS > 1:
+            x = tl.load(hidden + row[:, None] * D + column, mask=in_loss[:, None] & (column < D), other=0.0)
+        gram = dot(x, tl.trans(others), gram, PRECISION, INTERPRETED)
+    gram = gram.to(tl.float32)
 
-    place = (mi_layer * groups + group) * N + token
+    place = (mi_layer * groups + group) * N
     state = state_ptr + mi_layer * groups * N + place
-    z = tl.load(state, mask=valid, other=0.0)
-    shift = tl.load(state + groups * N, mask=valid, other=float("inf"))
+    row_state = _load_state(state, groups * N, row, in_loss)
+    token_state = _load_state(state, groups * N, token, valid)
     inverse_temperature = tl.load(inverse_temperature_ptr)
     score = gram * inverse_temperature
     if COSINE:
-        inverse = tl.load(inverse_norms_ptr + place, mask=valid, other=0.0)
-        score *= inverse[:, None] * inverse[None, :]
-    positive, negative, earlier = _relations(word, BLOCK_T)
-    _, sigma = softplus_sigmoid(tl.where(earlier, z[:, None], z[None, :]) - score)
-    # masked before the exponential: a positive's may overflow
-    negative_score = tl.where(negative, score, float("-inf"))
-    weight = tl.exp(negative_score - shift[:, None]) + tl.exp(negative_score - shift[None, :])
-    weight = tl.where(positive, -sigma, weight)  # M [BLOCK_T, BLOCK_T]
+        row_inverse = tl.load(inverse_norms_ptr + place + row, mask=in_loss, other=0.0)
+        inverse = tl.load(inverse_norms_ptr + place + token, mask=valid, other=0.0)
+        score *= row_inverse[:, None] * inverse[None, :]
+    weight = _derivative(score, _relations(row, row_word, token, word), row_state, token_state)  # M
 
     factor = tl.load(grad_sums_ptr + mi_layer, mask=in_mi, other=0.0) * inverse_temperature
-    row_factor = tl.where(valid, factor, 0.0)
+    row_factor = tl.where(in_loss, factor, 0.0)
     if COSINE:
         weight *= inverse[None, :]
-        row_factor *= inverse
+        row_factor *= row_inverse
     if tl.float16 == DTYPE:  # the range of a half: a row's largest weight becomes 1
         largest = tl.max(tl.abs(weight), 1)
         largest = tl.where(largest > 0, largest, 1.0)
         weight /= largest[:, None]
         row_factor *= largest
     weight_rounded = rounded(weight, DTYPE, INTERPRETED)
-    own = tl.zeros((BLOCK_T,), tl.float32)
+    own = tl.zeros((BLOCK_M,), tl.float32)
     if COSINE:  # from the rounded weights, so that their errors cancel where all tokens are alike
-        own = tl.sum(weight_rounded.to(tl.float32) * gram, 1) * row_factor * inverse * inverse
+        own = tl.sum(weight_rounded.to(tl.float32) * gram, 1) * row_factor * row_inverse * row_inverse
 
-    takes_part = is_token
-    if HAS_MASK:
-        takes_part &= tl.load(mask_ptr + group * N + token, mask=is_token, other=0) != 0
     if STABILITY:
         step = layer - stability_start
         before, pull_before = step_weights(
@@ -253,17 +288,18 @@ def _short_backward_kernel(
     pieces = tl.num_programs(1)
     columns = tl.cdiv(tl.cdiv(D, BLOCK_D), pieces) * BLOCK_D
     for first in tl.range(piece * columns, tl.minimum((piece + 1) * columns, D), BLOCK_D, num_stages=NUM_BUFFERS):
-        column = first + tl.arange(0, BLOCK_D)
-        is_column = (column < D)[None, :]
-        offset = token[:, None] * D + column[None, :]
-        others = tl.load(rows + offset, mask=valid[:, None] & is_column, other=0.0)  # [BLOCK_T, BLOCK_D]
-        zero = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+        column = first + tl.arange(0, BLOCK_D)[None, :]
+        others = tl.load(hidden + token[:, None] * D + column, mask=valid[:, None] & (column < D), other=0.0)
+        zero = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         gradient = dot(weight_rounded, others, zero, PRECISION, INTERPRETED) * row_factor[:, None]
+        offset = row[:, None] * D + column
+        x = others.to(tl.float32)  # [BLOCK_M, BLOCK_D]
+        if STABILITY or BLOCKS > 1:
+            x = load_rows(hidden, offset, is_read[:, None] & (column < D))
         if COSINE:
-            gradient -= others.to(tl.float32) * own[:, None]
+            gradient -= tl.where(in_loss[:, None], x * own[:, None], 0.0)
         if STABILITY:
-            reads = takes_part[:, None] & is_column
-            x = load_rows(rows, offset, reads)
+            reads = takes_part[:, None] & (column < D)
             own_weight = -(pull_before + pull_after)
             gradient += stencil_of(x, previous, following, offset, reads, before, after, own_weight)
-        tl.store(out + offset, rounded(gradient, DTYPE, INTERPRETED), mask=is_token[:, None] & is_column)
+        tl.store(out + offset, rounded(gradient, DTYPE, INTERPRETED), mask=(row < N)[:, None] & (column < D))

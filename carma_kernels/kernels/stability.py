@@ -164,9 +164,9 @@ def _stability_backward_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Grid: blocks of rows. Every gradient but the skipped ones; zeros for layers and rows outside the loss."""
+    """Grid: blocks of rows x blocks of D. All gradients but the skipped; zeros for layers and rows outside the loss."""
     row = pid64(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [BLOCK_ROWS]
-    column = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D]
     is_row = row < N
     takes_part = is_row
     if HAS_MASK:

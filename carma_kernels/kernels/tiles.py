@@ -14,6 +14,8 @@ import triton.language as tl
 ZERO_NORM_SQUARED = tl.constexpr(1e-16)
 """Square of `_terms.ZERO_NORM`."""
 
+BELOW_ALL = tl.constexpr(-1e38)
+
 
 @triton.jit
 def pid64(axis: tl.constexpr):
@@ -52,11 +54,21 @@ def rounded(x, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def dot(a, b, accumulator, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
-    """`accumulator + a @ b`; the interpreter's dot of bfloat16 is wrong, that of its fp32 values is exact."""
+    """`accumulator + a @ b`; the interpreter's dot of bfloat16 is wrong, that of its values in fp64 is exact."""
     if INTERPRETED:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
+        return (accumulator + tl.dot(a.to(tl.float64), b.to(tl.float64))).to(accumulator.dtype)
     return tl.dot(a, b, accumulator, input_precision=PRECISION)
+
+
+@triton.jit
+def gram_accumulator(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Zeros to sum up the products of tokens with each other; the sum is to be cast to fp32.
+
+    Forward and backward must come to the same bits, of `h_i . h_j` as of `h_j . h_i`: a dot product of a million has a
+    last digit that decides what its exponential is. A device sums over D in order, wherever in a tile a product lies;
+    the interpreter does not, but agrees with itself in fp64.
+    """
+    return tl.zeros((BLOCK_M, BLOCK_N), tl.float64 if INTERPRETED else tl.float32)
 
 
 @triton.jit
@@ -77,13 +89,20 @@ def softplus_sigmoid(x):
 
 
 @triton.jit
-def negative_shift(z, pull):
-    """`z - log(pull)`: a negative's weight `exp(s - z) pull` in one exponential; +inf, hence weight 0, without either.
+def negatives_factor(pull, shift, largest, total):
+    """What times `exp(s - shift)` is the weight of an anchor's negative, `pull exp(s) / sum of exp(s)`; 0 without any.
 
-    `z` is the log-sum-exp of an anchor's negatives, `pull` the sum of sigmoids over its positives.
+    The similarity is so subtracted from a number of its own size before anything else is done with it: dot products may
+    be in the thousands. Whatever digits `shift` itself has lost there, the weights add up to `pull`.
+
+    Args:
+        pull: the sum of sigmoids over the anchor's positives.
+        shift: anything about as large as the largest s.
+        largest, total: the negatives' `sum of exp(s - largest)`.
     """
-    pulls = (pull > 0) & (z > float("-inf"))
-    return tl.where(pulls, z - tl.log(tl.where(pulls, pull, 1.0)), float("inf"))
+    some = total != 0  # also a NaN, which must not be lost
+    factor = tl.exp(tl.where(some, shift - largest, 0.0)) / tl.where(some, total, 1.0)
+    return tl.where(some, pull * factor, 0.0)
 
 
 @triton.jit
@@ -133,5 +152,6 @@ def stencil_of(x, previous, following, offset, mask, before, after, own):
 
 @triton.jit
 def log_of_sum(largest, total):
-    """`largest + log(total)`, minus infinity for an empty sum."""
-    return tl.where(total > 0, largest + tl.log(tl.where(total > 0, total, 1.0)), float("-inf"))
+    """`largest + log(total)`; for an empty sum a number below all others, finite so that it can be subtracted."""
+    empty = total == 0
+    return tl.where(empty, BELOW_ALL, largest + tl.log(tl.where(empty, 1.0, total)))

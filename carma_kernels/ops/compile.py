@@ -1,11 +1,15 @@
 """Compile every kernel as it would be launched, for devices that are not there, and look at what came out.
 
-    python -m carma_kernels.ops.compile [--targets sm_90 gfx942] [--subset] [--markdown]
+    python -m carma_kernels.ops.compile [--targets sm_90 gfx942] [--subset] [--part 1/4] [--markdown]
 
 The operators are called on problems that together take every turn of the launch table. Where a kernel would be launched
 it is compiled instead, for each target, by Triton's own assemblers: neither a GPU nor a driver is needed. The exit code
 is 1 if a kernel spills registers, needs more shared memory than the target has, or, for halves, multiplies tiles
 without the matrix units or without a load of 16 bytes.
+
+All of it takes a core half an hour. Triton keeps what it has compiled (`TRITON_CACHE_DIR`), so a run that was stopped
+goes on where it was, several at a time do not get in each other's way (`--part 1/2`, `--part 2/2`), and the run after
+them, which prints the whole table, takes minutes.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,25 +68,34 @@ class Compiled:
     dtype: torch.dtype
     target: launch.Target
     resources: Resources | str  # or why it does not compile
+    seconds: float = 0.0  # that it took, to be read from Triton's cache if it was there
 
-    def faults(self, wide: bool = True) -> list[str]:
-        """What is wrong with it.
+    @property
+    def kernel_name(self) -> str:
+        """As it is called in the launch table, if it is there."""
+        return self.kernel.strip("_").removesuffix("_kernel")
 
-        Args:
-            wide: the layers are aligned to 16 bytes and so is their width, so that wide loads can be expected.
-        """
+    @property
+    def dtype_name(self) -> str:
+        """Without torch's."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def faults(self) -> list[str]:
+        """What is wrong with it. Of layers at any address, loaded element by element, less is asked."""
         found = self.resources
         if isinstance(found, str):
             return [found]
         faults = []
-        if found.spilled:
+        aligned = "ALIGNMENT" not in self.arguments or "ALIGNMENT=16" in self.arguments
+        if found.spilled and aligned:
             faults.append(f"spills {found.spilled} bytes")
         if found.shared_memory > self.target.shared_memory:
             faults.append(f"needs {found.shared_memory} of {self.target.shared_memory} bytes of shared memory")
         if self.dtype.itemsize == 2 and found.multiplies_tiles:
             if not found.matrix_instructions:
                 faults.append("multiplies without the matrix units")
-            if wide and not found.wide_loads:
+            if aligned and not found.wide_loads:
                 faults.append("has no load of 16 bytes")
         return faults
 
@@ -102,16 +115,19 @@ def problems(subset: bool) -> dict[str, Problem]:
             for masked in (True,) if subset else (True, False):
                 name = f"similarity T={T} {'cosine' if cosine else 'dot'}{' masked' * masked}"
                 found[name] = _similarity(T, cosine, masked)
-    for T in (64, 256) if subset else (16, 32, 64, 256, 4096):
-        for cosine in (True, False):
-            for learned in (False,) if subset or not cosine else (False, True):
-                name = f"carma T={T} {'cosine' if cosine else 'dot'}{' learned' * learned}"
-                found[name] = _carma(T, 256, cosine, learned, masked=not cosine)
-                if not subset:
-                    found["mi " + name] = _carma(T, 256, cosine, learned, masked=False, stability=False)
+    for T in (128, 256) if subset else (64, 128, 256, 4096):
+        found[f"carma T={T} cosine"] = _carma(T, 256, cosine=True)
+        found[f"carma T={T} dot"] = _carma(T, 256, cosine=False, masked=True)
+    if not subset:
+        for T in (16, 32, 64, 128, 256):
+            found[f"carma T={T} cosine learned matched"] = _carma(T, 256, cosine=True, learned=True, masked=True)
+            found[f"mi T={T}"] = _carma(T, 256, cosine=T > 32, stability=False)
+        for T in (127, 255):  # a width that is no multiple of a block's; and layers at any address
+            found[f"carma T={T} D=208"] = _carma(T, 208, cosine=True)
+            found[f"carma T={T} D=17"] = _carma(T, 17, cosine=True)
     widths = (768,) if subset else (32, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
     for D in widths:
-        found[f"stability D={D}"] = _carma(16, D, True, False, masked=D % 512 == 0, mi=False)
+        found[f"stability D={D}"] = _carma(16, D, masked=D % 512 == 0, mi=False)
         found[f"listed D={D}"] = _listed(D, cosine=D % 512 > 0, stability=D > 512)
     return found
 
@@ -131,14 +147,22 @@ def _similarity(T: int, cosine: bool, masked: bool) -> Problem:
 
 
 def _carma(
-    T: int, D: int, cosine: bool, learned: bool, masked: bool, mi: bool = True, stability: bool = True
+    T: int,
+    D: int,
+    *,
+    cosine: bool = True,
+    learned: bool = False,
+    masked: bool = False,
+    mi: bool = True,
+    stability: bool = True,
 ) -> Problem:
     def run(dtype: torch.dtype) -> None:
         spans = TokenSpans.from_lists([[(s, s + 3) for s in range(0, T - 3, 8)]], seq_len=T)
         temperature = torch.tensor(0.1, requires_grad=True) if learned else 0.1
         table = spans.contrast_table("sequence")
         mask = torch.ones(1, T, dtype=torch.bool) if masked else None
-        mi_term = MITerm(range(3), table, Similarity(cosine, temperature), None) if mi else None
+        matched = 5.0 if learned else None
+        mi_term = MITerm(range(3), table, Similarity(cosine, temperature), matched) if mi else None
         stability_term = StabilityTerm(range(3), mask, 1e-8) if stability else None
         sums, changes = carma_terms(_hidden(T, D, dtype), mi_term, stability_term)
         (sums.sum() + changes.sum()).backward()
@@ -192,7 +216,9 @@ class Compiler:
             key = (kernel.__name__, arguments, dtype)
             if key not in self._done:
                 self._done.add(key)
-                yield Compiled(*key, self._target, self._compile(kernel, args, kwargs))
+                begin = time.monotonic()
+                resources = self._compile(kernel, args, kwargs)
+                yield Compiled(*key, self._target, resources, time.monotonic() - begin)
 
     @contextmanager
     def _recorded(self) -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
@@ -265,13 +291,15 @@ def _output(*command: Any) -> str:
     return subprocess.run([str(word) for word in command], check=True, capture_output=True, text=True).stdout
 
 
-COLUMNS = ("target", "kernel", "dtype", "constants", "registers", "shared KiB", "spilled", "matrix", "16-byte loads")
+COLUMNS = (
+    *("target", "kernel", "dtype", "constants", "registers", "shared KiB", "spilled", "matrix", "16-byte loads"),
+    "seconds",
+)
 
 
 def row(compiled: Compiled) -> tuple[str, ...]:
     """A line of the table, as `COLUMNS`."""
-    dtype = str(compiled.dtype).removeprefix("torch.")
-    head = (compiled.target.name, compiled.kernel.strip("_").removesuffix("_kernel"), dtype, compiled.arguments)
+    head = (compiled.target.name, compiled.kernel_name, compiled.dtype_name, compiled.arguments)
     found = compiled.resources
     if isinstance(found, str):
         return (*head, found)
@@ -282,7 +310,61 @@ def row(compiled: Compiled) -> tuple[str, ...]:
         str(found.spilled),
         str(found.matrix_instructions) if found.multiplies_tiles else "",
         str(found.wide_loads),
+        f"{compiled.seconds:.1f}",
     )
+
+
+def markdown(table: Sequence[Compiled]) -> Iterator[str]:
+    """The lines of a page: of each kernel a table, with a column for each target."""
+    targets = list(dict.fromkeys(compiled.target.name for compiled in table))
+    yield from _INTRODUCTION.format(version=triton.__version__, targets=", ".join(targets)).splitlines()
+    faults = [
+        f"`{compiled.kernel_name}`, {compiled.target.name}: {fault}" for compiled in table for fault in compiled.faults
+    ]
+    yield from ("", f"{len(table)} compilations, {len(faults)} faults.", *(f"- {fault}" for fault in faults))
+    for kernel in dict.fromkeys(compiled.kernel_name for compiled in table):
+        yield from ("", f"## {kernel}", "")
+        yield "| dtype | variant | blocks | " + " | ".join(targets) + " |"
+        yield "| --- | --- | --- |" + " --- |" * len(targets)
+        cells: dict[tuple[str, str, str], dict[str, str]] = {}
+        for compiled in table:
+            if compiled.kernel_name == kernel:
+                key = (compiled.dtype_name, *_variant_and_blocks(compiled.arguments))
+                cells.setdefault(key, {})[compiled.target.name] = _cell(compiled.resources)
+        for key, found in cells.items():
+            yield "| " + " | ".join((*key, *(found.get(target, "") for target in targets))) + " |"
+
+
+_INTRODUCTION = """\
+# What the kernels compile to
+
+Made by `python -m carma_kernels.ops.compile --markdown > docs/compile_table.md` with Triton {version}, without a GPU,
+for {targets}: every kernel in every configuration that
+[the launch table](../carma_kernels/kernels/launch.py) can pick, in every dtype.
+
+A cell reads "registers a thread / KiB of shared memory a program", then *m* and the number of matrix instructions, for
+kernels that multiply tiles, and *w* and the number of 16-byte loads from global memory; it is empty where the target is
+given other blocks. A spill is a fault, except where layers may lie at any address (`ALIGNMENT` below 16: an odd width,
+say) and are loaded element by element."""
+
+
+def _variant_and_blocks(arguments: str) -> tuple[str, str]:
+    """The constants in two: what is computed, with what does not hold left out; and how it is cut up."""
+    variant, blocks = [], []
+    for name, value in (argument.split("=") for argument in arguments.split(", ") if argument):
+        if name.startswith(("BLOCK", "NUM_", "PIECES", "num_", "maxnreg")):
+            blocks.append(f"{name}={value}")
+        elif value != "False":
+            variant.append(name if value == "True" else f"{name}={value}")
+    return " ".join(variant), " ".join(blocks)
+
+
+def _cell(found: Resources | str) -> str:
+    if isinstance(found, str):
+        return f"**{found}**"
+    matrix = f" m{found.matrix_instructions}" if found.multiplies_tiles else ""
+    spilled = f" **spills {found.spilled}**" if found.spilled else ""
+    return f"{found.registers} / {found.shared_memory / 1024:.0f}{matrix} w{found.wide_loads}{spilled}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -294,34 +376,58 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtypes", nargs="+", choices=[str(d).removeprefix("torch.") for d in DTYPES])
     parser.add_argument("--only", default="", help="problems whose name contains this")
     parser.add_argument("--subset", action="store_true", help="one problem of each kind, in bfloat16 unless told")
-    parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
+    parser.add_argument("--part", type=_part, default=(1, 1), metavar="I/N", help="every Nth problem, from the Ith on")
+    parser.add_argument("--markdown", action="store_true", help="print a Markdown page at the end")
     asked = parser.parse_args(arguments)
     if layers.INTERPRETED:
         parser.error("Triton's interpreter is on, which compiles nothing: unset TRITON_INTERPRET.")
     dtypes = [getattr(torch, name) for name in asked.dtypes or []] or (DTYPES[:1] if asked.subset else DTYPES)
+    names = {name: problem for name, problem in problems(asked.subset).items() if asked.only in name}
+    if not names:
+        parser.error(f"--only {asked.only}: no problem's name contains that.")
 
-    def write(cells: Sequence[str], stream: TextIO = sys.stdout) -> None:
-        stream.write((" | ".join(cells) if asked.markdown else "\t".join(cells)) + "\n")
+    def write(line: str, stream: TextIO = sys.stdout) -> None:
+        stream.write(line + "\n")
         stream.flush()
 
-    write(COLUMNS)
-    if asked.markdown:
-        write(["---"] * len(COLUMNS))
-    begin, count, failed = time.monotonic(), 0, []
-    for target in asked.targets:
-        compiler = Compiler(target)
-        for dtype in dtypes:
-            for name, problem in problems(asked.subset).items():
-                if asked.only not in name:
-                    continue
-                for compiled in compiler.compile(problem, dtype):
-                    write(row(compiled))
-                    count += 1
-                    failed += [(*row(compiled)[:4], fault) for fault in compiled.faults()]
-    write([f"{count} kernels in {time.monotonic() - begin:.0f} s, {len(failed)} faults"], sys.stderr)
+    compilers = {target: Compiler(target) for target in asked.targets}
+    jobs = [
+        (compilers[target], dtype, problem) for target in compilers for dtype in dtypes for problem in names.values()
+    ]
+    part, parts = asked.part
+    begin, table = time.monotonic(), []
+    if not asked.markdown:
+        write("\t".join(COLUMNS))
+    for compiler, dtype, problem in _with_progress(jobs[part - 1 :: parts]):
+        for compiled in compiler.compile(problem, dtype):
+            table.append(compiled)
+            if not asked.markdown:
+                write("\t".join(row(compiled)))
+    for line in markdown(table) if asked.markdown else ():
+        write(line)
+    failed = ["\t".join((*row(compiled)[:4], fault)) for compiled in table for fault in compiled.faults]
+    write(f"{len(table)} kernels in {time.monotonic() - begin:.0f} s, {len(failed)} faults", sys.stderr)
     for fault in failed:
         write(fault, sys.stderr)
     return 1 if failed else 0
+
+
+def _part(text: str) -> tuple[int, int]:
+    """`2/4` as numbers."""
+    part, parts = (int(number) for number in text.split("/"))
+    if not 1 <= part <= parts:
+        raise ValueError(text)
+    return part, parts
+
+
+def _with_progress(jobs: Sequence[Any]) -> Iterable[Any]:
+    """The jobs, with a bar on a terminal's error stream."""
+    if not sys.stderr.isatty():
+        return jobs
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(jobs, "compiling", console=Console(stderr=True), transient=True)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -14,11 +16,13 @@ import triton.language as tl
 from torch import Tensor
 
 from carma_kernels.kernels import launch, tiles
+from carma_kernels.ops.host_tables import copied_to
 
 INTERPRETED = not isinstance(tiles.dot, triton.JITFunction)
 """Triton's interpreter runs the kernels: `TRITON_INTERPRET=1` was set when Triton was imported."""
 
-_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+"""What the kernels compute with"""
 
 
 @dataclass(frozen=True)
@@ -27,11 +31,24 @@ class LayerTable:
 
     layers: tuple[Tensor | None, ...]
     """`[B, T, D]` each, contiguous; None for a layer that gets no gradient. Keeps the addresses valid."""
+    number: float = 0.0
+    """goes to the device with the addresses"""
 
     @cached_property
+    def _on_device(self) -> Tensor:
+        """The number's bits, an int64 that leaves what follows aligned, and the addresses."""
+        addresses = [0 if layer is None else layer.data_ptr() for layer in self.layers]
+        return copied_to([_fp32_bits(self.number), 0, *addresses], self.present.device)
+
+    @property
     def addresses(self) -> Tensor:
         """`[L]` int64 on the layers' device, 0 for None."""
-        return _copied_to([0 if layer is None else layer.data_ptr() for layer in self.layers], self.present.device)
+        return self._on_device[2:]
+
+    @property
+    def scalar(self) -> Tensor:
+        """The number, 0-d fp32 on the layers' device."""
+        return self._on_device.view(torch.float32)[0]
 
     @property
     def present(self) -> Tensor:
@@ -79,30 +96,16 @@ class Stencil:
 
 def check_dtype(hidden: Tensor) -> None:
     """Refuse what the kernels do not compute with."""
-    if hidden.dtype not in _DTYPES:
+    if hidden.dtype not in DTYPES:
         raise TypeError(
             f"hidden_states must be fp16, bf16 or fp32 for the triton backend, got {hidden.dtype}. "
             "Convert them, or use backend='torch'."
         )
 
 
-def readable(layers: Sequence[Tensor]) -> LayerTable:
+def readable(layers: Sequence[Tensor], number: float = 0.0) -> LayerTable:
     """The layers as kernels read them: those that are not contiguous are copied, one by one."""
-    return LayerTable(tuple(layer.contiguous() for layer in layers))
-
-
-def layer_views(hidden: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The layers `[B, T, D]` each, of `[L, B, T, D]` alone or of L times `[B, T, D]`."""
-    return hidden[0].unbind(0) if hidden[0].dim() == 4 else tuple(hidden)
-
-
-def empty_gradients(hidden: Sequence[Tensor], needs_grad: Sequence[bool]) -> list[Tensor]:
-    """Room for the gradients of those of `hidden` that need one, contiguous."""
-    return [
-        torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-        for tensor, needed in zip(hidden, needs_grad, strict=True)
-        if needed
-    ]
+    return LayerTable(tuple(layer.contiguous() for layer in layers), number)
 
 
 def destinations(
@@ -120,7 +123,7 @@ def destinations(
 def constants(*tables: LayerTable) -> dict[str, Any]:
     """The compile-time constants that kernels over these layers share: `DTYPE`, `ALIGNMENT`, `INTERPRETED`."""
     return {
-        "DTYPE": _DTYPES[tables[0].present.dtype],
+        "DTYPE": DTYPES[tables[0].present.dtype],
         "ALIGNMENT": min(table.alignment for table in tables),
         "INTERPRETED": INTERPRETED,
     }
@@ -133,11 +136,9 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def inverse_temperature(temperature: Tensor | None, value: float, device: torch.device) -> Tensor:
-    """`1/tau`, 0-d fp32 on the device; `value` is tau if `temperature` is None."""
-    if temperature is None:
-        return _constant(1.0 / value, device)
-    return temperature.detach().to(torch.float32).reciprocal()
+def inverse_temperature(temperature: Tensor | None, hidden: LayerTable) -> Tensor:
+    """`1/tau`, 0-d fp32 on the device; the hidden states' `number` if tau is one."""
+    return hidden.scalar if temperature is None else temperature.detach().to(torch.float32).reciprocal()
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
@@ -163,12 +164,6 @@ def ceil_div(a: int, b: int) -> int:
 
 
 @lru_cache
-def _constant(value: float, device: torch.device) -> Tensor:
-    """Kept, so that a step does not spend a launch on it."""
-    return torch.full((), value, dtype=torch.float32, device=device)
-
-
-@lru_cache
 def _target(device: torch.device) -> launch.Target:
     properties: Any = torch.cuda.get_device_properties(device)
     if torch.version.hip:
@@ -177,8 +172,6 @@ def _target(device: torch.device) -> launch.Target:
     return launch.Target(capability, properties.shared_memory_per_block_optin)
 
 
-def _copied_to(values: list[int], device: torch.device) -> Tensor:
-    table = torch.tensor(values, dtype=torch.int64)
-    if device.type == "cpu":
-        return table
-    return table.pin_memory().to(device, non_blocking=True)
+def _fp32_bits(number: float) -> int:
+    """As an int64 begins with them in memory."""
+    return int.from_bytes(struct.pack("=f", min(number, torch.finfo(torch.float32).max)), sys.byteorder)

@@ -35,8 +35,8 @@ _INT32_MAX = 2**31 - 1
 def contrast_state_shapes(pairs: RankTable, num_layers: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of the two fp32 tensors that the forward fills for the backward.
 
-    For each anchor its `z` (with `match_negatives`) and `z - log(sum of its sigmoids)`, `[L, S, 2, A]`; and sums over
-    blocks of anchors, of `W s` and of the inverse norms, `[L, 2, blocks]`.
+    For each anchor its `z` (with `match_negatives`) and the factor of its negatives' weights, `[L, S, 2, A]`; and sums
+    over blocks of anchors, of `W s` and of the inverse norms, `[L, 2, blocks]`.
     """
     S, A = pairs.num_negatives.shape
     return (num_layers, S, 2, A), (num_layers, 2, S * ceil_div(A, _STATISTICS_BLOCK))
@@ -264,8 +264,9 @@ class _Problem:
 
     @property
     def budget(self) -> int:
-        """Bytes of workspace."""
-        return max(WORKSPACE_BYTES, self.S * self.N * self.D * self._dtype.itemsize)
+        """Bytes of workspace; so few that the kernels can number the weights of a group in int32."""
+        layer = self.S * self.N * self.D * self._dtype.itemsize
+        return min(max(WORKSPACE_BYTES, layer), _INT32_MAX * self._dtype.itemsize)
 
     def configuration(self, kernel: str) -> launch.Configuration:
         """How a kernel is launched."""

@@ -10,11 +10,18 @@ from torch import Tensor
 
 from carma_kernels.kernels import launch
 from carma_kernels.kernels.pairs import _pairs_backward_kernel, _pairs_forward_kernel
-from carma_kernels.ops.layers import LayerTable, ScaledSimilarity, Stencil, constants, target
-from carma_kernels.pairs import PairIndex
+from carma_kernels.ops.layers import LayerTable, ScaledSimilarity, Stencil, ceil_div, constants, target
 
 
-def listed_state_shapes(pairs: PairIndex, num_layers: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+class Listed(NamedTuple):
+    """The tensors of a PairIndex: it has looked at their numbers, which an operator must not do."""
+
+    anchor: Tensor  # [P] int32
+    positive: Tensor  # [P] int32
+    negatives: Tensor  # [P, K] or [L, P, K] int32, -1 for no token
+
+
+def listed_state_shapes(pairs: Listed, num_layers: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """What the backward needs of the forward, fp32: the scores `[L, P, 1+K]`, and z and the sum of W s, `[L, P, 2]`."""
     P, K = pairs.negatives.shape[-2:]
     return (num_layers, P, 1 + K), (num_layers, P, 2)
@@ -23,7 +30,7 @@ def listed_state_shapes(pairs: PairIndex, num_layers: int) -> tuple[tuple[int, .
 def listed_forward(
     hidden: LayerTable,
     layers: range,
-    pairs: PairIndex,
+    pairs: Listed,
     similarity: ScaledSimilarity,
     inverse_norms: Tensor | None,
     state: tuple[Tensor, Tensor],
@@ -70,7 +77,7 @@ def listed_forward(
 def listed_backward(
     hidden: LayerTable,
     layers: range,
-    pairs: PairIndex,
+    pairs: Listed,
     similarity: ScaledSimilarity,
     inverse_norms: Tensor | None,
     state: tuple[Tensor, Tensor],
@@ -92,7 +99,8 @@ def listed_backward(
     if out is not None and any(layer is not None for layer in out.layers[layers.start : layers.stop]):
         B, T, D = hidden.shape
         index = _EdgeIndex.of(pairs, B * T)
-        _pairs_backward_kernel[(B * T, len(layers))](
+        configuration = _configuration("pairs_backward", hidden, D)
+        _pairs_backward_kernel[(B * T, len(layers), ceil_div(D, configuration["BLOCK_D"]))](
             hidden.addresses,
             out.addresses,
             index.start,
@@ -114,7 +122,7 @@ def listed_backward(
             HAS_STENCIL=stencil is not None,
             HAS_MASK=stencil is not None and stencil.mask is not None,
             **constants(hidden, out),
-            **_configuration("pairs_backward", hidden, D),
+            **configuration,
         )
     return summary[:, :, 1].sum(1) if needs_work else None
 
@@ -127,7 +135,7 @@ class _EdgeIndex(NamedTuple):
     other: Tensor  # token at the other end, int32
 
     @classmethod
-    def of(cls, pairs: PairIndex, num_tokens: int) -> _EdgeIndex:
+    def of(cls, pairs: Listed, num_tokens: int) -> _EdgeIndex:
         """One stable sort, of every edge seen from both its ends. No size depends on what the slots hold."""
         negatives = pairs.negatives if pairs.negatives.dim() == 3 else pairs.negatives[None]
         L, P, K = negatives.shape

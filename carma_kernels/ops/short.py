@@ -31,15 +31,15 @@ class ShortMI:
     @staticmethod
     def takes(group_size: int, hidden: Tensor) -> bool:
         """Whether groups of so many tokens are short, for hidden states like these."""
-        chosen = [
-            launch.choose(kernel, target(hidden.device), group_size, hidden.element_size())
+        # with one number: in a traced graph, each comparison of the size is a condition to compile another graph by
+        return group_size <= min(
+            launch.longest(kernel, target(hidden.device), hidden.element_size())
             for kernel in ("short_forward", "short_backward")
-        ]
-        return None not in chosen
+        )
 
     @property
     def state_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """What the backward needs of the forward, of every token: `z` and `z - log(sum of sigmoids)`; `sum_j W s`."""
+        """What the backward needs of the forward, of every token: `z` and its negatives' factor; `sum_j W s`."""
         shape = self.word.shape
         return (len(self.layers), 2, *shape), (len(self.layers), shape.numel() if self.needs_work else 0)
 
@@ -64,11 +64,12 @@ class ShortMI:
         D = hidden.shape[2]
         configuration = self._configuration("short_forward", hidden)
         BLOCK_T = configuration.constants["BLOCK_T"]
+        blocks = S * (BLOCK_T // configuration.constants["BLOCK_M"])
         walked = hull(self.layers, stability_layers)
         mi_partials = self.word.new_empty((len(self.layers), S * BLOCK_T), dtype=torch.float32)
         partials = self.word.new_empty((2 * len(walked) + 1, S * BLOCK_T), dtype=torch.float32)
         match = self.similarity.match_negatives
-        short._short_forward_kernel[(S, len(walked))](
+        short._short_forward_kernel[(blocks, len(walked))](
             hidden.addresses,
             self.word,
             mask,
@@ -115,10 +116,11 @@ class ShortMI:
         S, N = self.word.shape
         D = hidden.shape[2]
         configuration = self._configuration("short_backward", hidden)
+        blocks = S * (configuration.constants["BLOCK_T"] // configuration.constants["BLOCK_M"])
         pieces = min(
-            ceil_div(_PROGRAMS, S * len(hidden)), _MOST_PIECES, ceil_div(D, configuration.constants["BLOCK_D"])
+            ceil_div(_PROGRAMS, blocks * len(hidden)), _MOST_PIECES, ceil_div(D, configuration.constants["BLOCK_D"])
         )
-        short._short_backward_kernel[(S, pieces, len(hidden))](
+        short._short_backward_kernel[(blocks, pieces, len(hidden))](
             hidden.addresses,
             out.addresses,
             self.word,

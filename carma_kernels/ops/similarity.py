@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from carma_kernels._operators import forbid_double_backward
+from carma_kernels._operators import (
+    SIMILARITY_SCHEMA,
+    SimilarityArguments,
+    empty_gradients,
+    layer_views,
+    register_gradient,
+    similarity_arguments,
+)
 from carma_kernels._terms import Similarity
 from carma_kernels.kernels import launch
 from carma_kernels.kernels.similarity import (
@@ -24,13 +31,13 @@ from carma_kernels.ops.layers import (
     constants,
     destinations,
     dot_precision,
-    empty_gradients,
     inverse_temperature,
-    layer_views,
     on_device,
     readable,
     target,
 )
+
+_INT32_MAX = 2**31 - 1  # what the kernels can number of a sequence
 
 
 def pairwise_similarity(
@@ -41,50 +48,25 @@ def pairwise_similarity(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """`[len(layers), B, T, T]` in `out_dtype`: see `carma_kernels.pairwise_similarity`."""
-    problem = _Problem(
-        hidden=[hidden] if isinstance(hidden, Tensor) else list(hidden),
-        mask=mask,
-        temperature=similarity.temperature if isinstance(similarity.temperature, Tensor) else None,
-        temperature_value=1.0 if isinstance(similarity.temperature, Tensor) else similarity.temperature,
-        cosine=similarity.cosine,
-        range=[layers.start, layers.stop],
-        out_dtype=out_dtype,
-    )
-    check_dtype(problem.hidden[0])
-    matrix: Tensor = _forward(*problem)[0]
+    arguments = similarity_arguments(hidden, layers, similarity, mask, out_dtype)
+    check_dtype(arguments.hidden[0])
+    matrix: Tensor = _forward(*arguments)[0]
     return matrix
 
 
-class _Problem(NamedTuple):
-    """The operators' arguments, in the order of `_ARGUMENTS`."""
+class _Problem(SimilarityArguments):
+    """What the operators were asked."""
 
-    hidden: list[Tensor]  # [L, B, T, D] alone, or L times [B, T, D]
-    mask: Tensor | None  # [B, T]
-    temperature: Tensor | None  # 0-d
-    temperature_value: float  # if temperature is None
-    cosine: bool
-    range: list[int]
-    out_dtype: torch.dtype
+    __slots__ = ()
 
     @property
     def layers(self) -> tuple[Tensor, ...]:
         """Those of the range, `[B, T, D]` each."""
         return layer_views(self.hidden)[slice(*self.range)]
 
-    @property
-    def inverse_temperature(self) -> Tensor:
-        """`1/tau`, 0-d on the device."""
-        return inverse_temperature(self.temperature, self.temperature_value, self.hidden[0].device)
-
-
-_ARGUMENTS = (
-    "Tensor[] hidden, Tensor? mask, Tensor? temperature, float temperature_value, bool cosine, int[] range, "
-    "ScalarType out_dtype"
-)
-
 
 @torch.library.custom_op(
-    "carma_kernels::triton_pairwise_similarity", mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor, Tensor)"
+    "carma_kernels::triton_pairwise_similarity", mutates_args=(), schema=f"({SIMILARITY_SCHEMA}) -> (Tensor, Tensor)"
 )
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     """The matrix, and the inverse norms `[L, B, T]`."""
@@ -95,7 +77,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
             launches = _Launches(problem, inverse_norm)
             if problem.cosine:
                 launches.norms()
-            launches.forward(problem.inverse_temperature, matrix)
+            launches.forward(launches.inverse_temperature, matrix)
     return matrix, inverse_norm
 
 
@@ -119,14 +101,15 @@ def _empty_results(problem: _Problem) -> tuple[Tensor, Tensor]:
     "carma_kernels::triton_pairwise_similarity_backward",
     mutates_args=(),
     schema=(
-        f"(Tensor grad, Tensor inverse_norm, bool[] needs_grad, bool needs_work, {_ARGUMENTS}) -> (Tensor[], Tensor)"
+        f"(Tensor grad, Tensor[] kept, bool[] needs_grad, bool needs_work, {SIMILARITY_SCHEMA}) -> (Tensor[], Tensor)"
     ),
 )
 def _backward(
-    grad: Tensor, inverse_norm: Tensor, needs_grad: list[bool], needs_work: bool, *arguments: Any
+    grad: Tensor, kept: list[Tensor], needs_grad: list[bool], needs_work: bool, *arguments: Any
 ) -> tuple[list[Tensor], Tensor]:
     """The gradients of the hidden states that need one, and, if asked for, `-tau` times that of the temperature."""
     problem = _Problem(*arguments)
+    (inverse_norm,) = kept
     gradients = empty_gradients(problem.hidden, needs_grad)
     all_out = destinations(problem.hidden, gradients, needs_grad)
     chosen = slice(*problem.range)
@@ -142,7 +125,7 @@ def _backward(
     with on_device(grad.device):
         launches = _Launches(problem, inverse_norm)
         grad = grad.contiguous()
-        scale = problem.inverse_temperature
+        scale = launches.inverse_temperature
         projection = launches.projection(grad) if problem.cosine or needs_work else None
         if has_destination:
             launches.backward(scale, grad, projection, LayerTable(out))
@@ -155,44 +138,13 @@ def _backward(
 
 
 @_backward.register_fake
-def _(
-    grad: Tensor,
-    inverse_norm: Tensor,  # noqa: ARG001
-    needs_grad: list[bool],
-    needs_work: bool,  # noqa: ARG001
-    *arguments: Any,
-) -> tuple[list[Tensor], Tensor]:
-    return empty_gradients(_Problem(*arguments).hidden, needs_grad), grad.new_zeros((), dtype=torch.float32)
+def _(*upstream_and_arguments: Any) -> tuple[list[Tensor], Tensor]:
+    needs_grad, _, *arguments = upstream_and_arguments[2:]
+    hidden = _Problem(*arguments).hidden
+    return empty_gradients(hidden, needs_grad), hidden[0].new_zeros((), dtype=torch.float32)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    problem = _Problem(*inputs)
-    ctx.problem = problem._replace(hidden=[], mask=None, temperature=None)
-    ctx.has = (problem.mask is not None, problem.temperature is not None)
-    optional = [tensor for tensor in (problem.mask, problem.temperature) if tensor is not None]
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[1], *optional, *problem.hidden)
-
-
-def _differentiate(ctx: Any, grad: Tensor | None, _: None) -> tuple[Any, ...]:
-    inverse_norm, *tensors = ctx.saved_tensors
-    rest = iter(tensors)
-    mask, temperature = (next(rest) if present else None for present in ctx.has)
-    problem = ctx.problem._replace(hidden=list(rest), mask=mask, temperature=temperature)
-    needs_hidden = list(ctx.needs_input_grad[0])
-    needs_temperature = bool(ctx.needs_input_grad[2])
-    if grad is None:
-        return [None] * len(needs_hidden), *[None] * (len(problem) - 1)
-    gradients, work = _backward(grad, inverse_norm, needs_hidden, needs_temperature, *problem)
-    each = [gradients.pop(0) if needed else None for needed in needs_hidden]
-    grad_temperature = None
-    if temperature is not None and needs_temperature:  # d s / d tau = -s / tau
-        grad_temperature = (-work / temperature).to(temperature.dtype)
-    return each, None, grad_temperature, *[None] * (len(problem) - 3)
-
-
-_forward.register_autograd(_differentiate, setup_context=_setup_context)
-forbid_double_backward(_backward, "pairwise_similarity")
+register_gradient(_forward, _backward, SimilarityArguments, num_losses=1, function="pairwise_similarity")
 
 
 class _Launches:
@@ -200,11 +152,23 @@ class _Launches:
 
     def __init__(self, problem: _Problem, inverse_norm: Tensor) -> None:
         """Take a problem and its inverse norms, which `norms` writes and the others read."""
-        self._hidden = readable(problem.layers)
+        self._hidden = readable(problem.layers, 1.0 / problem.temperature_value)
+        self._temperature = problem.temperature
         self._inverse_norm = inverse_norm
         self._mask = problem.mask.contiguous().view(torch.uint8) if problem.mask is not None else None
         self._cosine = problem.cosine
         self._grid = (len(self._hidden), *self._hidden.shape)  # L, B, T, D
+        _, _, T, D = self._grid
+        if T * D > _INT32_MAX:
+            raise ValueError(
+                f"hidden_states have sequences of {T} tokens with {D} numbers each; the triton backend takes sequences "
+                "of up to 2^31 - 1 numbers. Use backend='torch'."
+            )
+
+    @property
+    def inverse_temperature(self) -> Tensor:
+        """`1/tau`, 0-d on the device."""
+        return inverse_temperature(self._temperature, self._hidden)
 
     def norms(self) -> None:
         L, B, T, D = self._grid

@@ -144,7 +144,8 @@ def stability_backward(hidden: LayerTable, gradient: StabilityGradient, out: Lay
     """
     B, T, D = hidden.shape
     configuration = _rows_configuration("stability_backward", hidden)
-    stability._stability_backward_kernel[(ceil_div(B * T, configuration.constants["BLOCK_ROWS"]),)](
+    rows, columns = configuration.constants["BLOCK_ROWS"], configuration.constants["BLOCK_D"]
+    stability._stability_backward_kernel[(ceil_div(B * T, rows), ceil_div(D, columns))](
         hidden.addresses,
         out.addresses,
         gradient.mask,

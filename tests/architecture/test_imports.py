@@ -24,23 +24,35 @@ ROOMS = {
     "_ranks": Room(set(), {"numpy", "torch"}),
     "pairs": Room(set(), {"torch"}),
     "spans": Room({"_ranks", "pairs"}, {"numpy", "torch"}),
+    # what the ranks of a process group have together
+    "distributed": Room({"pairs", "spans"}, {"numpy", "torch"}),
     # the backends
-    "_operators": Room(set(), {"torch"}),
     "_terms": Room({"pairs", "spans"}, {"torch"}),
+    "_operators": Room({"_terms", "pairs", "spans"}, {"torch"}),
     "kernels": Room(set(), {"triton"}),
-    "ops": Room({"_operators", "_ranks", "_terms", "kernels", "pairs", "spans"}, {"torch", "triton"}),
-    "eager": Room({"_operators", "_terms", "pairs", "spans"}, {"torch"}),
+    "ops": Room(
+        {"_operators", "distributed", "_ranks", "_terms", "kernels", "pairs", "spans"}, {"rich", "torch", "triton"}
+    ),
+    "eager": Room({"_operators", "_terms", "distributed", "pairs", "spans"}, {"torch"}),
     # the public interface
-    "_backend": Room(set(), {"torch"}),
+    "_backend": Room({"eager", "ops"}, {"torch"}),
     "_validate": Room({"pairs", "spans"}, {"torch"}),
     "config": Room({"_validate"}, {"torch"}),
-    "functional": Room({"_backend", "_terms", "_validate", "config", "eager", "ops", "pairs", "spans"}, {"torch"}),
+    "functional": Room({"_backend", "_terms", "_validate", "config", "distributed", "pairs", "spans"}, {"torch"}),
     "modules": Room({"config", "functional", "pairs", "spans"}, {"torch"}),
-    "integrations": Room({"config", "functional", "modules", "pairs", "spans"}, {"torch", "transformers"}),
     "carma_kernels": Room(INTERFACE, set()),
+    # in other people's code
+    "integrations": Room(
+        {"_operators", "_terms", "_validate", "carma_kernels", "eager", *INTERFACE}, {"numpy", "torch", "transformers"}
+    ),
     # the commands
     "measure": Room(set(), {"torch", "triton"}),  # for its version
-    "demo": Room({"carma_kernels", "measure"}, {"matplotlib", "rich", "tokenizers", "torch", "transformers"}),
+    "demo": Room(
+        {"carma_kernels", "integrations", "measure"}, {"matplotlib", "rich", "tokenizers", "torch", "transformers"}
+    ),
+    "cap": Room(
+        {"carma_kernels", "demo", "integrations", "measure"}, {"matplotlib", "numpy", "rich", "torch", "transformers"}
+    ),
     "doctor": Room({"_backend", "carma_kernels", "measure"}, {"torch"}),
     "verify": Room({"_backend", "carma_kernels", "doctor"}, {"csrc_ref", "torch"}),
     "__main__": Room({"carma_kernels"}, set()),
@@ -88,6 +100,8 @@ def test_what_is_optional_is_loaded_where_it_is_needed():
     for file in python_files("carma_kernels"):
         for imported in imports(file):
             if imported.root in {"csrc_ref", "triton"} and room(module_name(file)) not in {"kernels", "ops"}:
+                assert imported.lazy, where(file, imported)
+            if imported.root == "rich" and room(module_name(file)) == "ops":  # the compile tool's progress
                 assert imported.lazy, where(file, imported)
             if module_name(file) == "carma_kernels.demo.cli" and imported.root != "carma_kernels":
                 optional = imported.root in {"matplotlib", "rich", "tokenizers", "transformers"}

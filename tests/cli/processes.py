@@ -19,7 +19,7 @@ def run(*arguments: str, code: str | None = None, **variables: str) -> subproces
         [sys.executable, "-W", "error", *start],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         cwd=ROOT.anchor,
         env={**_environment(), **variables},
     )

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import carma_kernels
-from carma_kernels import doctor
+from carma_kernels import _backend, doctor
 from carma_kernels.__main__ import main
 from tests.cli import processes
 
@@ -102,7 +102,7 @@ def test_what_is_missing_comes_with_the_command_that_adds_it(report, monkeypatch
     assert status == 0  # they are optional
     assert "tokenizers" in line(out, "demo")
     assert line(out, "demo").endswith("missing rich: pip install 'carma-kernels[demo]'")
-    assert line(out, "bench") == "bench missing pytest, pytest-benchmark: pip install 'carma-kernels[bench]'"
+    assert line(out, "bench").endswith("; missing pytest, pytest-benchmark: pip install 'carma-kernels[bench]'")
 
 
 def test_the_extras_are_those_of_the_package():
@@ -133,7 +133,29 @@ def test_gpus_are_described(report, monkeypatch):
     _, out = report()
     assert line(out, "GPUs").count("NVIDIA H100 (capability 9.0, 80 GiB)") == 2
     assert line(out, "GPU driver") == "GPU driver 580.1"
-    assert line(out, "cuda:1").startswith("cuda:1 torch: ")
+    assert "cuda:1 torch: " in " ".join(out.split())
+
+
+@pytest.mark.parametrize("by_default", [False, True])
+@pytest.mark.parametrize("why", [None, "Triton is not installed", RuntimeError("no driver")])
+def test_triton_on_a_gpu(report, monkeypatch, why, by_default: bool):
+    def obstacle(device: torch.device) -> str | None:
+        if isinstance(why, RuntimeError):
+            raise why
+        return why
+
+    monkeypatch.setattr(doctor, "environment", environment_with(gpus=[]))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(doctor, "triton_obstacle", obstacle)
+    monkeypatch.setattr(_backend, "triton_obstacle", obstacle)
+    monkeypatch.setattr(_backend, "TRITON_BY_DEFAULT", by_default)
+    status, out = report()
+    picked, used = (" ".join(line.split()) for line in out.splitlines() if line.strip().startswith("cuda:0"))
+    assert used == ("cuda:0 can be used" if why is None else f"cuda:0 cannot be used: {why}")
+    assert status == int(by_default and isinstance(why, RuntimeError))
+    if status == 0:
+        assert picked.startswith("cuda:0 triton: Triton runs on" if by_default and why is None else "cuda:0 torch: ")
+    assert json.loads(report("--json")[1])["triton"] == {"cuda:0": None if why is None else str(why)}
 
 
 def test_a_gpu_that_torch_was_not_built_for(report, monkeypatch):

@@ -24,7 +24,7 @@ def stopped(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int | 
 def test_help_names_every_command(capsys):
     status, out, _ = stopped(capsys, "--help")
     assert status == 0
-    assert list(COMMANDS) == ["doctor", "verify", "demo"]
+    assert list(COMMANDS) == ["doctor", "verify", "demo", "evaluate"]
     for name, command in COMMANDS.items():
         assert name in out
         assert command.help[:30] in out

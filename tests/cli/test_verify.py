@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,6 +17,7 @@ import carma_kernels
 from carma_kernels import PairIndex, eager, verify
 from carma_kernels.__main__ import main
 from carma_kernels.verify import CHECKS, TOLERANCE, Check, Problem, random_problem
+from tests.cli import processes
 
 pytestmark = pytest.mark.usefixtures("no_interpreter")
 
@@ -24,8 +27,10 @@ Terms = Callable[..., tuple[Tensor, Tensor]]
 
 @pytest.fixture
 def run(capsys):
+    """The torch backend alone: the Triton backend takes a process of its own, in which its interpreter stays on."""
+
     def run(*arguments: str) -> tuple[int, list[str]]:
-        status = main(["verify", *arguments])
+        status = main(["verify", "--backend", "torch", *arguments])
         out, err = capsys.readouterr()
         assert err == ""
         return status, out.splitlines()
@@ -55,7 +60,70 @@ def test_this_installation_is_right(run):
     assert {result for _, result in results} == {"ok"}
     assert lines[0].startswith("torch backend on cpu, random problems a check: 1")
     assert f"{len(results)} of {len(results)} checks within tolerance" in lines[-1]
-    assert any(line.startswith("Not checked: triton backend on cpu. backend=") for line in lines)
+
+
+IN_TWO_CHECKS = """
+from carma_kernels import verify
+from carma_kernels.__main__ import main
+verify.CHECKS = verify.Check("mi_loss", "sequence", "cosine"), verify.Check("stability_loss")
+"""
+BREAK_A_KERNEL = """
+choose = verify.choose_backend
+def choose_and_break(backend, device):
+    if backend == "triton":
+        from carma_kernels import ops
+        terms = ops.carma_terms
+        ops.carma_terms = lambda *arguments: [x * (1 + 2e-5) for x in terms(*arguments)]
+    return choose(backend, device)
+verify.choose_backend = choose_and_break
+"""
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_both_backends(broken: bool):
+    """On a machine without a GPU, Triton's interpreter runs the kernels."""
+    pytest.importorskip("triton")
+    code = IN_TWO_CHECKS + BREAK_A_KERNEL * broken + "sys.exit(main(['verify', '--cases', '1', '--device', 'cpu']))"
+    result = processes.run(code=f"import sys\n{code}")
+    assert result.stderr == ""
+    assert result.returncode == int(broken)
+    lines = result.stdout.splitlines()
+    headers = [line for line in lines if " backend on " in line]
+    assert [line.split(", ")[0] for line in headers] == ["torch backend on cpu", "triton backend on cpu"]
+    assert "in Triton's interpreter" in headers[1]
+    results = [result for _, result in rows(lines)]
+    assert results == ["ok"] * 8 + ["MISS" if broken else "ok"] * 6  # Triton has no fp64
+    assert f"{8 if broken else 14} of 14 checks within tolerance" in result.stdout
+
+
+def test_the_triton_backend_alone():
+    pytest.importorskip("triton")
+    result = processes.run("verify", "--backend", "triton", "--cases", "1")
+    assert result.returncode == 0, result.stdout + result.stderr
+    results = list(rows(result.stdout.splitlines()))
+    assert results == [(check.function, "ok") for check in CHECKS for _ in range(len(TOLERANCE) - 1)]
+
+
+@pytest.mark.parametrize(
+    ("devices", "backend", "on"),
+    [
+        (["cpu"], "all", True),
+        (["cpu"], "triton", True),
+        (["cpu"], "torch", False),
+        (["cpu", "cuda:0"], "all", False),  # natively there
+    ],
+)
+def test_the_interpreter_is_on_where_it_is_needed(devices, backend: str, on: bool, monkeypatch):
+    monkeypatch.delitem(sys.modules, "triton", raising=False)
+    with verify._interpreter(list(map(torch.device, devices)), backend):
+        assert (os.environ.get("TRITON_INTERPRET") == "1") == on
+    assert "TRITON_INTERPRET" not in os.environ
+
+
+def test_too_late_for_the_interpreter(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", sys)
+    with verify._interpreter([torch.device("cpu")], "all"):
+        assert "TRITON_INTERPRET" not in os.environ
 
 
 def test_tolerances_are_those_of_the_design():
@@ -197,7 +265,7 @@ def test_rows_appear_as_they_are_done(monkeypatch, capsys):
         return verify.Outcome(random_problem(MI, torch.float32, 0, 0), 0.0, 0.0, 0.0, "")
 
     monkeypatch.setattr(verify, "_compare", compare)
-    assert main(["verify", "--cases", "1"]) == 0
+    assert main(["verify", "--cases", "1", "--backend", "torch"]) == 0
     assert [text.count(" ok") for text in seen] == [0] + [1] * (2 * len(TOLERANCE) - 1)
 
 
@@ -205,13 +273,16 @@ def test_one_device_and_one_backend(run, monkeypatch):
     monkeypatch.setattr(verify, "CHECKS", (MI,))
     status, lines = run("--cases", "1", "--device", "cpu", "--backend", "torch")
     assert status == 0
-    assert not any(line.startswith("Not checked") for line in lines)
+    assert sum(" backend on " in line for line in lines) == 1
 
 
-def test_nothing_to_check_is_no_success(run):
+def test_nothing_to_check_is_no_success(run, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     status, lines = run("--backend", "triton", "--device", "cpu")
     assert status == 1
-    assert lines[0].startswith("Not checked: triton backend on cpu")
+    assert lines[0].startswith(
+        "Not checked: triton backend on cpu. backend= asks for the triton backend, but Triton is"
+    )
     assert lines[-1] == "Nothing was checked."
 
 

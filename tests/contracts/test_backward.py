@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from tests.cases import BF16, FP16, FP32, FP64, Backend, Case
+from tests.cases import BF16, FP16, FP32, FP64, Backend, Case, thinned
 from tests.compare import upstream_gradients
 from tests.contracts.ops import Op, make_problem, same_bits
 
 
-@pytest.mark.parametrize("stacked", [False, True])
-@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("stacked", thinned([False], [True]))
+@pytest.mark.parametrize("dtype", thinned([FP32], [BF16]), ids=str)
 def test_a_second_backward_gives_the_same(backend: Backend, op: Op, dtype: torch.dtype, stacked: bool) -> None:
     problem = make_problem(op, backend, Case(L=3, stacked=stacked), dtype=dtype)
     outputs = problem.forward()
@@ -58,7 +58,8 @@ def test_a_loss_scale_in_fp16(backend: Backend, op: Op) -> None:
     wanted = single.to(FP16).double()
     assert wanted.count_nonzero() > wanted.numel() / 4
     error = (half - wanted).abs()
-    assert (error <= torch.finfo(FP16).eps * wanted.abs() + 2.0**-24).all()
+    computed = backend.tolerance[FP16] * wanted.abs().max()
+    assert (error <= computed + torch.finfo(FP16).eps * wanted.abs() + 2.0**-24).all()
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.cases import BF16, FP32, Backend, Case
+from tests.cases import BACKENDS, BF16, FP32, Backend, Case, thinned
 from tests.contracts.ops import Op, Problem, make_problem, same_bits
 
 
@@ -20,11 +20,12 @@ def two_threads() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("users_defaults")
-@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("dtype", thinned([FP32], [BF16]), ids=str)
 def test_20_runs(backend: Backend, op: Op, dtype: torch.dtype) -> None:
-    check(make_problem(op, backend, Case(L=2), dtype=dtype), runs=20)
+    check(make_problem(op, backend, Case(L=2), dtype=dtype), runs=2 if backend.interpret else 20)
 
 
+@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if not backend.interpret], ids=str)
 @pytest.mark.usefixtures("users_defaults", "two_threads")
 def test_with_several_threads(backend: Backend, op: Op) -> None:
     """So many numbers that torch's operators share out a chunk of rows, among which tokens occur again and again."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.cases import FP16, Backend, Case
+from tests.cases import FP16, Backend, Case, thinned
 from tests.compare import upstream_gradients
 from tests.contracts.ops import Op, Problem, make_problem, same_bits
 
@@ -27,6 +27,10 @@ STACKED: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def first(kinds: Iterable[str], *names: str) -> list[Any]:
+    return thinned(names, [kind for kind in kinds if kind not in names])
+
+
 def buffer(backend: Backend) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randn(6, 10, 20, 12, generator=generator).to(backend.device, backend.sharpest)
@@ -38,8 +42,8 @@ def close(x: Tensor, y: Tensor, backend: Backend) -> None:
     torch.testing.assert_close(x, y, rtol=rtol, atol=rtol * y.abs().max().item())
 
 
-@pytest.mark.parametrize("listed", [False, True], ids=["stacked", "list"])
-@pytest.mark.parametrize("view", STACKED)
+@pytest.mark.parametrize("listed", thinned([True], [False]), ids=["list", "stacked"])
+@pytest.mark.parametrize("view", first(STACKED, "slice of a larger buffer", "width first"))
 def test_hidden_states(backend: Backend, op: Op, view: str, listed: bool) -> None:
     """As their contiguous copy, down to the gradient of the buffer that they are a view of."""
     problem = make_problem(op, backend)
@@ -99,7 +103,7 @@ CONSUMERS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("consumer", CONSUMERS)
+@pytest.mark.parametrize("consumer", first(CONSUMERS, "expand", "transpose"))
 def test_upstream_gradients(backend: Backend, op: Op, consumer: str) -> None:
     """As a contiguous copy of the same upstream gradient."""
     problem = make_problem(op, backend)

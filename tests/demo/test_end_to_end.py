@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from PIL import Image
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.demo.conftest import TINY
 
@@ -52,9 +54,22 @@ def numbers(value: Any) -> Iterator[float]:
 
 def test_succeeds_and_says_where_the_results_are(outcome: Outcome) -> None:
     assert outcome.status == 0
-    assert {path.name for path in outcome.out.iterdir()} == {"curves.png", "results.json", "table.txt"}
-    for name in (outcome.out.name, "curves.png", "results.json", "table.txt"):
+    files = {"curves.png", "results.json", "table.txt", "task-only", "with-carma"}
+    assert {path.name for path in outcome.out.iterdir()} == files
+    for name in (outcome.out.name, *files):
         assert name in outcome.printed
+
+
+def test_models_can_be_loaded(outcome: Outcome) -> None:
+    loaded = {
+        name: (AutoModelForCausalLM.from_pretrained(at), AutoTokenizer.from_pretrained(at))
+        for name in ("task-only", "with-carma")
+        if (at := outcome.out / name)
+    }
+    (task_only, tokenizer), (with_carma, _) = loaded.values()
+    assert tokenizer("a cat").word_ids()[-1] == 1
+    parameters = zip(task_only.parameters(), with_carma.parameters(), strict=True)
+    assert any(not torch.equal(one, other) for one, other in parameters)
 
 
 def test_table_names_what_was_compared(outcome: Outcome) -> None:

@@ -1,4 +1,4 @@
-"""Batches: words that split, spans that fit, labels that follow; and the hidden states that are looked at."""
+"""Batches: words that split, spans that fit, labels that follow."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from carma_kernels import PairIndex, TokenSpans
 from carma_kernels.demo.definitions import Definition, Split, read_definitions, shipped_file, split_definitions
-from carma_kernels.demo.model import BlockOutputs, build_gpt2, word_logits
+from carma_kernels.demo.model import build_gpt2, word_logits
 from carma_kernels.demo.text import (
     MAX_TOKENS,
     Batch,
@@ -86,20 +86,6 @@ def test_batches_go_on_over_epochs_and_follow_the_seed(split: Split, tokenizer: 
 
     assert [len(labels) for labels in first_tokens(0)] == [8] * 5
     assert first_tokens(0) == first_tokens(0) != first_tokens(1)
-
-
-def test_block_outputs_are_raw(batch: Batch) -> None:
-    model = build_gpt2(vocab_size=1000, layers=3, width=16, heads=2, seed=0)
-    blocks = BlockOutputs(model)
-    word_logits(model, batch)
-    states = blocks.take()
-    assert blocks.take() == []
-
-    listed = model(batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True).hidden_states
-    assert [state.shape for state in states] == [(*batch.input_ids.shape, 16)] * 3
-    torch.testing.assert_close(states[:-1], list(listed[1:-1]), rtol=0, atol=0)
-    torch.testing.assert_close(model.transformer.ln_f(states[-1]), listed[-1], rtol=0, atol=0)
-    assert all(state.requires_grad for state in states)
 
 
 def test_logits_are_those_of_the_last_real_token(batch: Batch) -> None:

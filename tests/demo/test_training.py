@@ -9,9 +9,10 @@ import torch
 
 from carma_kernels import CarmaConfig, mi_loss, stability_loss
 from carma_kernels.demo.definitions import read_definitions, shipped_file
-from carma_kernels.demo.model import BlockOutputs, build_gpt2, word_logits
+from carma_kernels.demo.model import build_gpt2, word_logits
 from carma_kernels.demo.text import Batch, Collator, train_tokenizer
 from carma_kernels.demo.training import Evaluation, Recipe, Run
+from carma_kernels.integrations.transformers import HiddenStateTap
 
 RECIPE = Recipe(steps=1, learning_rate=0.01, carma=CarmaConfig(), backend=None, device=torch.device("cpu"))
 DEFINITIONS = read_definitions(shipped_file())[:40]
@@ -32,10 +33,9 @@ def whole() -> Batch:
 
 def test_evaluation_is_that_of_the_losses(whole: Batch) -> None:
     model = build_gpt2(vocab_size=400, layers=3, width=16, heads=2, seed=0)
-    blocks = BlockOutputs(model)
-    with torch.no_grad():
+    with torch.no_grad(), HiddenStateTap(model, no_grad=True) as tap:
         logits = word_logits(model, whole)
-    states = blocks.take()
+        states = tap.hidden_states
     measured = evaluate([whole])
     assert measured.task_loss == pytest.approx(torch.nn.functional.cross_entropy(logits, whole.labels).item())
     assert measured.mi == pytest.approx(mi_loss(states, whole.spans).item())
@@ -61,7 +61,8 @@ def test_steps_leave_no_hidden_states_behind(whole: Batch) -> None:
         run.train_on(whole)
         run.evaluate([whole])
         assert run.carma_seconds(whole) > 0
-        assert run._blocks.take() == []
+        with pytest.raises(RuntimeError, match="no forward has run since the tap was set or cleared"):
+            _ = run._tap.hidden_states
 
 
 def test_batch_moves_as_a_whole(whole: Batch) -> None:

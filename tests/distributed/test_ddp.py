@@ -1,100 +1,53 @@
-"""Data parallelism when a rank has no words: no rank waits for another, and the gradients are the mean."""
+"""Data parallelism without `group=`: no rank waits for another, and the gradients are the mean of the ranks' own."""
 
 from __future__ import annotations
 
-from datetime import timedelta
-from pathlib import Path
-from time import monotonic
-
 import pytest
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import carma_kernels as ck
-from tests.cases import BACKENDS, Backend
+from tests.cases import BACKENDS, FP64, Backend
+from tests.distributed.problems import (
+    LOSSES,
+    SCENES,
+    Blocks,
+    assert_same,
+    batch_of,
+    gradients,
+    learns_temperature,
+    weighted,
+)
+from tests.distributed.ranks import Rank, Ranks
 
-TIMEOUT = 120  # s; a few suffice, most of them to start two processes
-WIDTH, TOKENS = 8, 6
-WORDS = [[[(0, 2), (3, 6)], [(1, 4)]], [[], []]]  # of each rank
+SIZE = 2
+PAIRS = sum(batch_of("a rank without words", rank).spans.num_pairs for rank in range(SIZE))
 
-
-class Blocks(nn.Module):
-    """Three layers whose outputs are the hidden states."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.ModuleList([nn.Linear(WIDTH, WIDTH) for _ in range(3)])
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        states = []
-        for layer in self.layers:
-            x = x + layer(x).tanh()
-            states.append(x)
-        return states
+# DDP takes the mean over 2 ranks: half of the pairs of both, for each
+OPTIONS = {"mi": {}, "mi of both": {"num_pairs": PAIRS / SIZE}, "mi of listed pairs": {}, "carma": {}}
 
 
-def loss_of(kind: str, states: list[Tensor], words: list[list[tuple[int, int]]], backend: str) -> Tensor:
-    spans = ck.TokenSpans.from_lists(words, seq_len=TOKENS)
-    if kind == "mi":  # nothing else to hold the ranks together
-        return ck.mi_loss(states, spans, backend=backend)
-    if kind == "mi of sampled pairs":
-        return ck.mi_loss(states, spans.sample_pairs(generator=torch.Generator().manual_seed(0)), backend=backend)
-    if kind == "mi over all ranks":  # DDP takes the mean over 2 ranks: half of the pairs of both, for each
-        return ck.mi_loss(states, spans, num_pairs=count_pairs() / 2, backend=backend)
-    return ck.carma_loss(states, spans, backend=backend).loss
+def loss_of(name: str, model: DistributedDataParallel | Blocks, rank: int, scene: str, backend: str) -> Tensor:
+    batch = batch_of(scene, rank)
+    loss = LOSSES["mi" if name == "mi of both" else name]
+    return weighted(loss(ck, *model(batch.x), batch, backend=backend, **OPTIONS[name]))
 
 
-def count_pairs() -> int:
-    return sum(ck.TokenSpans.from_lists(words, seq_len=TOKENS).num_pairs for words in WORDS)
+def of_one_rank(rank: Rank, name: str, scene: str, backend: str) -> dict[str, Tensor]:
+    model = DistributedDataParallel(Blocks(learns_temperature(name)), process_group=rank.group)
+    loss_of(name, model, rank.rank, scene, backend).backward()
+    return gradients(model)
 
 
-def inputs(rank: int) -> Tensor:
-    return torch.randn(2, TOKENS, WIDTH, generator=torch.Generator().manual_seed(rank))
-
-
-def gradients(model: nn.Module) -> list[Tensor]:
-    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-
-
-KINDS = ["mi", "mi of sampled pairs", "mi over all ranks", "carma"]
-
-
-def work(rank: int, folder: str, backend: str) -> None:
-    """What each rank does: a backward for each kind of loss."""
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=TIMEOUT)
-    )
-    for kind in KINDS:
-        model = Blocks()
-        parallel = DistributedDataParallel(model)
-        loss_of(kind, parallel(inputs(rank)), WORDS[rank], backend).backward()
-        torch.save(gradients(model), Path(folder, f"{kind}-{rank}.pt"))
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend.device == "cpu"], ids=str)
-def test_a_rank_without_words(backend: Backend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    context = spawn(work, (str(tmp_path), backend.name), nprocs=2, join=False)
-    deadline = monotonic() + TIMEOUT
-    try:
-        while not context.join(timeout=max(0.0, deadline - monotonic())):  # true when both are done
-            assert monotonic() < deadline, f"a rank still waits after {TIMEOUT} s"
-    finally:
-        for process in context.processes:
-            process.kill()
-
-    for kind in KINDS:
-        model = Blocks()
-        losses = [loss_of(kind, model(inputs(rank)), WORDS[rank], backend.name) for rank in range(2)]
-        (sum(losses) / 2).backward()
-        for rank in range(2):
-            actual = torch.load(tmp_path / f"{kind}-{rank}.pt")
-            assert len(actual) == len(gradients(model)) == 6
-            for ours, expected in zip(actual, gradients(model), strict=True):
-                torch.testing.assert_close(ours, expected, msg=lambda text, kind=kind: f"{kind}: {text}")
-        assert any((gradient != 0).any() for gradient in gradients(model))
+@pytest.mark.parametrize("scene", [scene for scene in SCENES if scene.startswith("a rank without")])
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(
+    "backend", [backend for backend in BACKENDS if FP64 in backend.tolerance and backend.device == "cpu"], ids=str
+)
+def test_a_rank_without_words(ranks: Ranks, backend: Backend, name: str, scene: str) -> None:
+    model = Blocks(learns_temperature(name))
+    (sum(loss_of(name, model, rank, scene, backend.name) for rank in range(SIZE)) / SIZE).backward()
+    expected = gradients(model)
+    assert any((gradient != 0).any() for gradient in expected.values())
+    for gradient in ranks.run(SIZE, of_one_rank, name, scene, backend.name):
+        assert_same(gradient, expected)

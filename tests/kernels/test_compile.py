@@ -31,6 +31,29 @@ def test_listed_pairs_compile(target: str) -> None:
     assert int(kernels["pairs_backward"][8]) > 0  # 16-byte loads
 
 
+@pytest.mark.parametrize("target", ["sm_80", "gfx942"])
+def test_the_longest_short_groups_compile(target: str) -> None:
+    """The kernels with the most in registers."""
+    result = run("--targets", target, "--subset", "--only", "carma T=128 cosine")
+    assert result.returncode == 0, result.stderr
+    assert "short_forward" in result.stdout
+    assert "BLOCK_T=128" in result.stdout
+
+
+def test_parts_of_the_work() -> None:
+    """Every kernel is in one part, and a part that does not exist is refused."""
+    before = "from carma_kernels.ops import compile\ncompile.Compiler._compile = lambda *_: compile.Resources(*[1] * 6)"
+    whole, *parts = (
+        run("--subset", "--targets", "sm_90", "--only", "D=768", *part, before=before).stdout.splitlines()[1:]
+        for part in ((), ("--part", "1/2"), ("--part", "2/2"))
+    )
+    names = [{line.split("\t")[1] for line in lines} for lines in (whole, *parts)]
+    assert names[0] == names[1] | names[2]
+    assert "stability_backward" in names[1] - names[2]
+    assert "pairs_backward" in names[2] - names[1]
+    assert run("--part", "3/2").returncode == 2
+
+
 def test_a_spill_is_a_fault() -> None:
     """128 x 128 scores are 128 registers a thread at four warps, the coefficients as many again."""
     tile = "launch.Configuration({'BLOCK_T': 128, 'BLOCK_D': 64})"
@@ -56,9 +79,11 @@ def test_faults() -> None:
 
     good = Resources(128, 64 * 1024, spilled=0, matrix_instructions=4, wide_loads=24, multiplies_tiles=True)
 
-    def faults(target: str = "sm_90", dtype: torch.dtype = torch.bfloat16, **changed: int) -> str:
+    def faults(
+        target: str = "sm_90", dtype: torch.dtype = torch.bfloat16, arguments: str = "ALIGNMENT=16", **changed: int
+    ) -> str:
         found = replace(good, **changed)  # type: ignore[arg-type]
-        return "; ".join(Compiled("kernel", "", dtype, launch.TARGETS[target], found).faults())
+        return "; ".join(Compiled("kernel", arguments, dtype, launch.TARGETS[target], found).faults)
 
     assert not faults()
     assert not faults("gfx942")
@@ -67,8 +92,31 @@ def test_faults() -> None:
     assert not faults(shared_memory=64 * 1024 + 1)
     assert "matrix units" in faults(matrix_instructions=0)
     assert "16 bytes" in faults(wide_loads=0)
+    assert not faults(wide_loads=0, spilled=4, arguments="COSINE=True, ALIGNMENT=2")
     assert not faults(dtype=torch.float32, matrix_instructions=0)
     assert not faults(matrix_instructions=0, wide_loads=0, multiplies_tiles=False)
+
+
+def test_the_page() -> None:
+    """A row for a kernel's constants, a cell for each target, and the faults at the top."""
+    from carma_kernels.kernels import launch
+    from carma_kernels.ops.compile import Compiled, Resources, markdown
+
+    arguments = "COSINE=True, HAS_MASK=False, ALIGNMENT=16, BLOCK_T=64, num_warps=8"
+    good, spilled = Resources(128, 98304, 0, 4, 24, multiplies_tiles=True), Resources(255, 0, 8, 0, 2, False)
+    table = [
+        Compiled("_short_kernel", arguments, torch.bfloat16, launch.TARGETS["sm_90"], good),
+        Compiled("_short_kernel", arguments, torch.bfloat16, launch.TARGETS["sm_80"], spilled),
+        Compiled("_other_kernel", "BLOCK=1", torch.float32, launch.TARGETS["sm_80"], "does not compile: so"),
+    ]
+    page = list(markdown(table))
+    assert (
+        "| bfloat16 | COSINE ALIGNMENT=16 | BLOCK_T=64 num_warps=8 | 128 / 96 m4 w24 | 255 / 0 w2 **spills 8** |"
+        in page
+    )
+    assert "| float32 |  | BLOCK=1 |  | **does not compile: so** |" in page
+    assert "3 compilations, 2 faults." in page
+    assert "- `short`, sm_80: spills 8 bytes" in page
 
 
 def test_the_interpreter_cannot_compile(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -138,7 +138,7 @@ def small_tiles(tiles: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(short, "_MOST_PIECES", 1)
     for kernel in ("short_forward", "short_backward"):
-        tiles(kernel, BLOCK_T=16, BLOCK_D=16, NUM_BUFFERS=2)
+        tiles(kernel, BLOCK_M=16, BLOCK_T=16, BLOCK_D=16, NUM_BUFFERS=2)
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -173,7 +173,23 @@ def test_a_batch_in_one_tile(device: str, match: float | None) -> None:
     compare(device, Problem(drawing=("aab_", ".cc.", "____", "dddd"), negatives="batch", match=match))
 
 
-@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 33])
+@pytest.mark.parametrize(
+    ("dtype", "cosine", "masked"),
+    [(FP32, True, False), (FP32, False, True), (FP16, True, True), (BF16, True, False), (BF16, False, True)],
+    ids=str,
+)
+def test_rows_in_several_programs(
+    device: str, dtype: torch.dtype, cosine: bool, masked: bool, tiles: Callable[..., None]
+) -> None:
+    """A word on both sides of where one program's rows end and the next one's begin, and rows of padding alone."""
+    for kernel in ("short_forward", "short_backward"):
+        tiles(kernel, BLOCK_M=16, BLOCK_T=32, BLOCK_D=16, NUM_BUFFERS=2)
+    drawing = ("aaa..........bbbbbb..cc", "__dddd" + "_" * 17)
+    tau = 0.1 if cosine else 20.0
+    compare(device, Problem(drawing=drawing, dtype=dtype, cosine=cosine, tau=tau, masked=masked, D=20))
+
+
+@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 33, 65, 128])
 def test_every_length_as_it_is_launched(device: str, length: int) -> None:
     row = ("aab" * length)[: length - 1] + "."
     compare(device, Problem(drawing=(row, row.replace("b", "_")), D=24, mi_layers=range(1), stability_layers=range(2)))
@@ -244,11 +260,11 @@ def test_the_general_path_gives_the_same(device: str, monkeypatch: pytest.Monkey
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
-def test_groups_of_up_to_64_tokens_are_short_on_every_target() -> None:
+def test_groups_of_up_to_128_tokens_are_short_on_every_target() -> None:
     from carma_kernels.kernels import launch
 
     for target in launch.TARGETS.values():
         for kernel in ("short_forward", "short_backward"):
             for element_bytes in (2, 4):
-                assert launch.choose(kernel, target, 64, element_bytes) is not None
-                assert launch.choose(kernel, target, 65, element_bytes) is None
+                assert launch.choose(kernel, target, 128, element_bytes) is not None
+                assert launch.choose(kernel, target, 129, element_bytes) is None

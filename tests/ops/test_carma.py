@@ -11,21 +11,29 @@ from torch import Tensor
 
 import carma_kernels
 import csrc_ref
-from tests.cases import BACKENDS, BF16, FP16, FP32, FP64, Backend, Case, list_pairs, make_batch
+from tests.cases import BF16, FP16, FP32, FP64, Backend, Case, in_dtypes, list_pairs, make_batch, on_backends
 from tests.compare import assert_close_to_oracle, differentiate, upstream_gradients
 
 # how the two ranges of layers can lie: all; one within the other; overlapping; apart, with a layer in neither; a
 # single layer, which has no step
 RANGES = [(None, None), ((1, 1), (0, 3)), ((0, 2), (1, 4)), ((4, 4), (0, 2)), ((0, 4), (2, 2))]
 CASES = [
-    *(Case(L=5, dtype=dtype, masked=True) for dtype in (FP64, FP32, FP16, BF16)),
-    Case(L=5, stacked=False),
+    *in_dtypes(
+        [
+            Case(L=5, masked=True),
+            Case(L=5, stacked=False),
+            Case(L=5, negatives="batch", metric="dot", temperature=2.0, match_negatives=5, num_pairs="int"),
+            Case(L=5, negatives="listed", num_pairs="tensor", masked=True),
+            Case(L=5, negatives="listed by layer", stacked=False),
+            Case(L=5, drawing="dense", number=True),
+            Case(L=5, drawing="wordless", masked=True),
+        ],
+        FP64,
+        FP32,
+    ),
+    Case(L=5, dtype=FP16, masked=True),
+    Case(L=5, dtype=BF16, masked=True),
     Case(L=5, dtype=BF16, stacked=False, masked=True, pad="left"),
-    Case(L=5, negatives="batch", metric="dot", temperature=2.0, match_negatives=5, num_pairs="int"),
-    Case(L=5, negatives="listed", num_pairs="tensor", masked=True),
-    Case(L=5, negatives="listed by layer", stacked=False),
-    Case(L=5, drawing="dense", number=True),
-    Case(L=5, drawing="wordless", masked=True),
 ]
 
 
@@ -42,8 +50,7 @@ def config_options(case: Case, **ranges: tuple[int, int] | None) -> dict[str, An
 
 
 @pytest.mark.parametrize(("mi_layers", "stability_layers"), RANGES)
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if all(map(backend.runs, CASES))], ids=str)
+@pytest.mark.parametrize(("backend", "case"), on_backends(CASES))
 def test_values_and_gradients(
     backend: Backend, case: Case, mi_layers: tuple[int, int] | None, stability_layers: tuple[int, int] | None
 ) -> None:

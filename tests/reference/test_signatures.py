@@ -1,4 +1,4 @@
-"""The reference is called as the package is, less `backend`, and depends on nothing of it."""
+"""The reference is called as the package is, less `backend` and `group`, and depends on nothing of it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def parameters(function: object) -> list[tuple[str, object, object]]:
     return [
         (p.name, p.kind, dataclasses.asdict(p.default) if dataclasses.is_dataclass(p.default) else p.default)
         for p in signature.parameters.values()
-        if p.name != "backend"
+        if p.name not in ("backend", "group")
     ]
 
 
@@ -33,7 +33,9 @@ def test_the_functions_are_the_four_of_the_design() -> None:
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_same_parameters(name: str) -> None:
     assert parameters(getattr(csrc_ref, name)) == parameters(getattr(carma_kernels, name))
-    assert "backend" in inspect.signature(getattr(carma_kernels, name)).parameters
+    ours = inspect.signature(getattr(carma_kernels, name)).parameters
+    assert "backend" in ours
+    assert ("group" in ours) == name.endswith("_loss")
 
 
 def test_same_config() -> None:

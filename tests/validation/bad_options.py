@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 import carma_kernels as ck
 from carma_kernels import CarmaConfig
@@ -116,6 +118,27 @@ def bad_values(label: str, make: Callable[[Any], object], argument: str, rows: I
         yield Bad(f"{label}: {argument} {got}", lambda value=value: make(value), error, argument, got, way_out)
 
 
+WITH_GROUP = ("mi_loss", "stability_loss", "carma_loss")
+GROUPS: list[Row] = [
+    (0, TypeError, "0", "Pass torch.distributed.group.WORLD"),
+    ("nccl", TypeError, "'nccl'", "Pass torch.distributed.group.WORLD"),
+    (dist.GroupMember.NON_GROUP_MEMBER, TypeError, "-100", "call the loss with the group that it is in"),
+]
+
+
+def call_with_destroyed_group(function: str) -> object:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    group = dist.group.WORLD
+    call(function, group=group)  # good as long as it is there
+    dist.destroy_process_group()
+    return call(function, group=group)
+
+
+def call_without_distributed(function: str) -> object:
+    with mock.patch.object(dist, "is_available", return_value=False):
+        return call(function, group=0)
+
+
 OPTIONS = [
     *bad(WITH_TEMPERATURE, "metric", words(("Cosine", "l2", "", None, 1), "'cosine', 'dot'")),
     *bad(WITH_PAIRS, "negatives", [*words(("Batch", "all", None, 5), "'sequence', 'batch'"), *SAMPLED]),
@@ -133,6 +156,15 @@ OPTIONS = [
     *bad(["carma_loss"], "mi_layers", RANGES),
     *bad(["carma_loss"], "stability_layers", RANGES),
     *bad(["pairwise_similarity"], "out_dtype", DTYPES),
+    *bad(WITH_GROUP, "group", GROUPS),
+    *(
+        Bad(f"{function}: group {what}", partial(refused, function), error, "group", got, way_out)
+        for function in WITH_GROUP
+        for what, refused, error, got, way_out in (
+            ("destroyed", call_with_destroyed_group, ValueError, "destroyed", "init_process_group()"),
+            ("without torch.distributed", call_without_distributed, TypeError, "int", "must be None"),
+        )
+    ),
 ]
 
 

@@ -1,0 +1,1 @@
+"""CARMA in other people's code: Hugging Face models and trainers, and the published implementation."""

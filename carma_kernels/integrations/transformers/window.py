@@ -1,0 +1,75 @@
+"""Gradient accumulation: what the losses of the batches between two optimizer steps divide by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from carma_kernels.config import CarmaConfig
+from carma_kernels.functional import CarmaOutput
+from carma_kernels.integrations.transformers.tap import HiddenStateTap
+from carma_kernels.pairs import PairIndex
+from carma_kernels.spans import TokenSpans
+
+
+@dataclass(frozen=True)
+class CarmaWindow:
+    """The batches that a step of the optimizer is made of, on this rank and on the others.
+
+    The gradients of `carma_loss`, added up over the window's batches and averaged over the ranks (as DDP, FSDP and
+    DeepSpeed do), are those of
+
+        L_MI         summed over all pairs of the window, on all ranks, divided by their number: as of one large batch
+        L_Stability  the mean over the window's batches and the ranks: a ratio of means is not the sum of its parts, so
+                     this, not the ratio over the large batch, is what accumulation can have
+
+    whatever the number of batches, also where the last window of an epoch has fewer.
+    """
+
+    num_pairs: float | Tensor
+    """of the window: the mean over the ranks, on the device, or with a single rank its number"""
+    num_batches: int
+    """of the window on this rank, those without spans included; the ranks have as many"""
+
+    @classmethod
+    def of(cls, batches: Iterable[Mapping[str, Any]], accelerator: Any = None, key: str = "spans") -> CarmaWindow:
+        """Count a window's batches, which must be at hand before the first backward; one reduction over the ranks.
+
+        Args:
+            batches: with their `TokenSpans` (or `PairIndex`) under `key`.
+            accelerator: an `accelerate.Accelerator`, or None for a single process.
+            key: as the collator's.
+        """
+        pairs = [getattr(batch.get(key), "num_pairs", 0) for batch in batches]
+        if accelerator is None or accelerator.num_processes == 1:
+            return cls(max(sum(pairs), 1), len(pairs))
+        local = torch.tensor(sum(pairs), device=accelerator.device)
+        return cls(accelerator.reduce(local, reduction="sum").clamp_min(1) / accelerator.num_processes, len(pairs))
+
+    def carma_loss(
+        self,
+        tap: HiddenStateTap,
+        spans: TokenSpans | PairIndex,
+        config: CarmaConfig = CarmaConfig(),  # noqa: B008 (frozen)
+        *,
+        mask: Tensor | None = None,
+        backend: str | None = None,
+    ) -> CarmaOutput:
+        """This batch's part: `carma_loss` of the tapped hidden states, its `loss` divided by what the window holds.
+
+        Args:
+            tap: of the model, after its forward.
+            spans: of the batch.
+            config: the options.
+            mask: `[B, T]`, for the stability loss.
+            backend: see `carma_kernels.choose_backend`.
+
+        Returns:
+            `mi` and `mi_per_layer` are divided like `loss`; `stability` and `stability_per_layer` are the batch's own.
+        """
+        share = replace(config, stability_weight=config.stability_weight / self.num_batches)
+        return tap.carma_loss(spans, share, mask=mask, num_pairs=self.num_pairs, backend=backend)

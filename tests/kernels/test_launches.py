@@ -1,0 +1,83 @@
+"""How many kernels a call launches: a handful, whatever the number of layers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import carma_kernels as ck
+from carma_kernels import CarmaConfig, TokenSpans
+from carma_kernels.kernels import stability
+from carma_kernels.ops import mi
+
+Loss = Callable[[list[Tensor], TokenSpans], Tensor]
+SHORT, LONG = 20, 130
+STEPS = {"backend": "triton"}
+LOSSES: dict[str, Loss] = {
+    "mi": lambda h, spans: ck.mi_loss(h, spans, **STEPS),
+    "batch": lambda h, spans: ck.mi_loss(h, spans, negatives="batch", **STEPS),
+    "listed": lambda h, spans: ck.mi_loss(h, spans.sample_pairs(2), **STEPS),
+    "stability": lambda h, spans: ck.stability_loss(h, mask=spans.attention_mask, **STEPS),
+    "carma": lambda h, spans: ck.carma_loss(h, spans, mask=spans.attention_mask, **STEPS).loss,
+    "carma, dot": lambda h, spans: ck.carma_loss(h, spans, CarmaConfig(metric="dot", temperature=4.0), **STEPS).loss,
+    "carma, listed": lambda h, spans: ck.carma_loss(h, spans.sample_pairs(2), **STEPS).loss,
+    "similarity": lambda h, _: ck.pairwise_similarity(h, **STEPS).sum(),
+}
+
+
+@contextmanager
+def counted() -> Iterator[Counter[str]]:
+    """The kernels launched within, by name. They do not run: what they would have written is whatever was there."""
+    kernels: Counter[str] = Counter()
+
+    def count(self: Any, *_: object, **__: object) -> None:
+        kernels[self.fn.__name__] += 1
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(stability._finalize_kernel), "run", count)  # as every kernel: compiled or interpreted
+        yield kernels
+
+
+def launches(loss: Loss, L: int, T: int, device: str, dtype: torch.dtype = torch.float32) -> tuple[int, Counter[str]]:
+    """How many forward, and which backward."""
+    spans = TokenSpans.from_lists([[(at, at + 2) for at in range(0, T - 2, 5)]] * 2, seq_len=T).to(device)
+    hidden = [torch.randn(2, T, 16, device=device, dtype=dtype, requires_grad=True) for _ in range(L)]
+    with counted() as forward:
+        value = loss(hidden, spans)
+    with counted() as backward:
+        value.backward()
+    assert all(layer.grad is not None for layer in hidden)
+    return forward.total(), backward
+
+
+@pytest.mark.parametrize("T", [SHORT, LONG])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_launches_do_not_grow_with_the_layers(loss: str, T: int, device: str) -> None:
+    counts = [launches(LOSSES[loss], L, T, device) for L in (2, 5, 12)]
+    assert counts[0] == counts[1] == counts[2]
+    forward, backward = counts[0]
+    assert forward <= 4
+    assert backward.total() <= (1 if T == SHORT and loss in ("mi", "batch", "stability", "carma", "carma, dot") else 2)
+
+
+@pytest.mark.parametrize("T", [1, 2, 16, 17, 64, 65, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_short_sequences(T: int, dtype: torch.dtype, device: str) -> None:
+    """Both losses of 12 layers: one kernel and the sum over its parts, and one kernel backward."""
+    forward, backward = launches(LOSSES["carma"], 12, T, device, dtype)
+    assert (forward, backward.total()) == (2, 1)
+
+
+def test_two_launches_a_workspace_chunk(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the layers whose weights it holds."""
+    monkeypatch.setattr(mi, "WORKSPACE_BYTES", 1)  # so that the larger, a layer, holds: of fp32 weights of one or two
+    _, backward = launches(LOSSES["mi"], 4, LONG, device)
+    chunks = backward["_mi_weights_kernel"]
+    assert chunks > 1
+    assert backward == {"_mi_weights_kernel": chunks, "_mi_gradient_kernel": chunks}
