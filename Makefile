@@ -4,10 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup test lint types demo bench bench-smoke doctor verify clean
+.PHONY: help setup test test-interpreter test-gpu published lint types demo evaluate bench bench-smoke bench-gpu tune doctor verify clean
 
 help:  ## what can be made
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
 
 setup: $(READY)  ## the virtual environment, and nothing else
 
@@ -22,7 +22,21 @@ demo: $(READY)  ## the main job: a small GPT-2 learns word definitions with and 
 
 test: $(READY)  ## the whole test suite
 	$(BIN)/python -m pytest -n auto tests --ignore tests/kernels
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/kernels  # has to be set before Triton is imported
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto $(ON_TRITON) -m 'not thorough'  # set before Triton is imported
+
+# what runs on every backend; the interpreter is started for the Triton kernels' part
+ON_TRITON := tests/kernels tests/ops tests/contracts tests/metamorphic tests/distributed/test_hidden_states.py
+
+test-interpreter: $(READY)  ## the Triton kernels in the interpreter, to the last case: an hour
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto $(ON_TRITON)
+
+test-gpu: $(READY)  ## everything on this machine's GPU: needs one
+	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else f"make test-gpu needs a GPU, and torch {torch.__version__} finds none that it can use: see make doctor")'
+	CARMA_KERNELS_TEST_DEVICE=cuda CUBLAS_WORKSPACE_CONFIG=:4096:8 $(BIN)/python -m pytest tests/ops tests/contracts tests/metamorphic tests/kernels tests/gpu
+
+published: $(READY)  ## the published repository's training loop with swapped imports: CARMA_PUBLISHED_CODE=its/checkout
+	@test -d "$(CARMA_PUBLISHED_CODE)/src" || { echo 'set CARMA_PUBLISHED_CODE to a checkout of github.com/nura-j/CARMA, commit 0106af6'; exit 2; }
+	CARMA_PUBLISHED_CODE=$(CARMA_PUBLISHED_CODE) $(BIN)/python -m pytest tests/integration/upstream/test_training_loop.py
 
 lint: $(READY)  ## style
 	$(BIN)/ruff check .
@@ -31,11 +45,23 @@ lint: $(READY)  ## style
 types: $(READY)  ## static types
 	$(BIN)/mypy
 
+evaluate: $(READY)  ## accuracy of the newest demo's two models when the tokens of each word are pooled into one
+	$(BIN)/python -m carma_kernels evaluate
+
 bench: $(READY)  ## speed and memory against the published algorithm, on this machine
-	$(BIN)/python -m pytest bench --save
+	$(BIN)/python -m pytest bench --growth --save
+	$(BIN)/python -m bench.train_step --threads 1 --checkpointing no yes --save
 
 bench-smoke: $(READY)  ## every bench once on a tiny case, untimed
 	$(BIN)/python -m pytest bench --benchmark-disable -m smoke
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest bench --benchmark-disable -m smoke -k triton
+
+bench-gpu: $(READY)  ## the same on a GPU, with the paper's seven models
+	$(BIN)/python -m pytest bench --device cuda --dtype bfloat16 --models --growth --save
+	$(BIN)/python -m bench.train_step --device cuda --models gpt2 gpt2-large gemma-2b llama-3.2-1b llama-3.2-3b qwen2.5-0.5b qwen2.5-3b --shapes 16x58 8x1024 --checkpointing no yes --save
+
+tune: $(READY)  ## measure the kernels' launch table on this machine's GPU
+	$(BIN)/python -m bench.tune
 
 doctor: $(READY)  ## versions, devices, and which backend would be picked
 	$(BIN)/python -m carma_kernels doctor

@@ -52,12 +52,13 @@ def pytest_generate_tests(metafunc):
         wanted = [PAPER, *compress([SLOW, MODELS, GROWTH], [option.slow, option.models, option.growth])]
         device = torch.device(option.device)
         metafunc.parametrize(
-            ("workload", "provider"),
+            ("workload", "provider", "passes"),
             [
-                pytest.param(workload, provider, marks=[pytest.mark.smoke] if workload in TINY else [])
+                pytest.param(workload, provider, passes, marks=[pytest.mark.smoke] if workload in TINY else [])
                 for workload in chain(TINY, *wanted)
                 for provider in PROVIDERS
                 if provider.runs(workload, device)
+                for passes in (["forward+backward"] if workload in GROWTH else ["forward", "forward+backward"])
             ],
             ids=str,
         )

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Literal
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 import carma_kernels as ck
 from bench import published, vectorised
 from bench.workloads import Case, Workload
+from carma_kernels.integrations.upstream import MILoss, StabilityLoss
 
 Loss = Callable[[Sequence[Tensor]], Tensor]
 """L hidden states `[B, T, D]` to `gamma * L_MI + eta * L_Stability`."""
@@ -35,6 +37,7 @@ class Provider:
         prepare: builds what a collator would build, outside the measured time.
         finishes: whether it gets through a workload in minutes, and without filling the memory.
         compiles: the first call takes seconds: it is timed apart.
+        grows: one of the curves of what a cost grows with.
     """
 
     name: str
@@ -42,12 +45,15 @@ class Provider:
     prepare: Callable[[Case], Loss]
     finishes: Callable[[Workload], bool] = lambda _: True
     compiles: bool = False
+    grows: bool = False
 
     def runs(self, workload: Workload, device: torch.device) -> bool:
         """Whether it is measured on a workload on a device."""
         if self.name.startswith("triton") and device.type == "cpu":  # a rehearsal
             return workload.name == "tiny" and os.environ.get("TRITON_INTERPRET") == "1"
-        if self.compiles and workload.name == "tiny":  # nothing to see, at seconds each
+        if workload.name == "tiny" and self.compiles:  # nothing to see, at seconds each
+            return False
+        if workload.name == "growth" and not self.grows:
             return False
         return self.finishes(workload)
 
@@ -61,6 +67,18 @@ def _published(case: Case) -> Loss:
 
 def _sampled(case: Case) -> Loss:
     return lambda hidden_states: vectorised.sampled_carma_loss(hidden_states, case.spans)
+
+
+def _drop_in(case: Case) -> Loss:
+    words = [[SimpleNamespace(start_idx=start, end_idx=end) for start, end in sample] for sample in case.spans]
+    mi, stability = MILoss(end_layer=None), StabilityLoss(end_layer=None)
+
+    def loss(hidden_states: Sequence[Tensor]) -> Tensor:
+        cache = {f"transformer.h.{layer}": (h,) for layer, h in enumerate(hidden_states)}
+        of_mi, of_stability = mi.calculate_mi_loss(cache, words), stability.calculate_loss(cache)
+        return published.MI_WEIGHT * of_mi + published.STABILITY_WEIGHT * of_stability
+
+    return loss
 
 
 def _exact(case: Case) -> Loss:
@@ -136,13 +154,14 @@ def _every_pair_with_every_negative_fits(workload: Workload) -> bool:
 EAGER = "eager Gram, exact"
 
 PROVIDERS = (
-    Provider(BASELINE, "published", _published, _published_finishes),
+    Provider(BASELINE, "published", _published, _published_finishes, grows=True),
     Provider("eager Gram, sampled", "published", _sampled, lambda w: _evaluations(w) <= 500_000 and _gram_fits(w)),
-    Provider(EAGER, "exact", _exact, _gram_fits),
+    Provider(EAGER, "exact", _exact, _gram_fits, grows=True),
     Provider("torch.compile of it", "exact", _compiled, _gram_fits, compiles=True),
     Provider("metric-learning NT-Xent", "exact", _metric_learning, _every_pair_with_every_negative_fits),
-    Provider("torch: carma_loss", "exact", _carma_loss("torch")),
+    Provider("integrations.upstream", "published", _drop_in, lambda w: _evaluations(w) <= 500_000 and _gram_fits(w)),
+    Provider("torch: carma_loss", "exact", _carma_loss("torch"), grows=True),
     Provider("torch: mi_loss + stability_loss", "exact", _separate_losses("torch")),
-    Provider("triton: carma_loss", "exact", _carma_loss("triton")),
+    Provider("triton: carma_loss", "exact", _carma_loss("triton"), grows=True),
     Provider("triton: mi_loss + stability_loss", "exact", _separate_losses("triton")),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -137,16 +137,16 @@ def empty_gradients(hidden: Sequence[Tensor], needs_grad: Sequence[bool]) -> lis
     ]
 
 
-_only: list[int] = []  # not a context variable: on a GPU, autograd runs a backward on a thread of its own
+_only: list[Collection[int]] = []  # not a context variable: on a GPU, autograd runs a backward on a thread of its own
 
 
 @contextmanager
-def only_layer(index: int) -> Iterator[None]:
-    """Have a backward compute the gradient of one of the listed hidden states alone.
+def only_layers(indices: Collection[int]) -> Iterator[None]:
+    """Have a backward compute the gradients of some of the listed hidden states alone.
 
     An operator learns which of its inputs require a gradient, not which of them `torch.autograd.grad` was asked for.
     """
-    _only.append(index)
+    _only.append(indices)
     try:
         yield
     finally:
@@ -179,7 +179,9 @@ def register_gradient(forward: Any, backward: Any, arguments: Any, num_losses: i
         given = arguments(*(_taken_out(argument, tensors) for argument in ctx.arguments))
         found = [[None] * len(argument) if _is_list(argument) else None for argument in given]
         only = _only[-1] if _only else None
-        needs_hidden = [bool(needed) and only in (None, at) for at, needed in enumerate(ctx.needs_input_grad[0])]
+        needs_hidden = [
+            bool(needed) and (only is None or at in only) for at, needed in enumerate(ctx.needs_input_grad[0])
+        ]
         needs_temperature = bool(ctx.needs_input_grad[temperature_at]) and only is None
         losses = upstream[:num_losses]
         if any(gradient is not None for gradient in losses):

@@ -23,7 +23,7 @@ class RankTable(NamedTuple):
 
     token: Tensor  # [S, R] int32, place in its group of the token of each rank; 0 beyond N
     word: Tensor  # [S, R] int32, its batch-unique word; -1 for padding and beyond N
-    size: Tensor  # [S, 2] int32, anchors and valid tokens: the former have the first ranks, then come the others
+    size: Tensor  # [S, 2] int32, anchors and valid tokens (none in a sequence without anchors): these come after those
     first_pair: Tensor  # [S, A+1] int32, the first pair of the anchor of each rank, and where its group's pairs end
     num_negatives: Tensor  # [S, A] int32, of the anchor of each rank
     num_pairs: int

@@ -10,12 +10,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from carma_kernels._encodings import FastEncoding, words_of
 from carma_kernels._ranks import RankTable, anchor_numbers, rank_tables
 from carma_kernels.pairs import NO_TOKEN, PairIndex
 
@@ -38,17 +39,8 @@ class ContrastTable(NamedTuple):
     anchor_slot: Tensor  # [S, A] int32, the anchor's position among its group's keys
     anchor_word: Tensor  # [S, A] int32
     covers_batch: bool  # key_token is 0, 1, .. B*T-1: the hidden states can be used as they lie
-    word: Tensor | None = None  # [B, T] int32, as `TokenSpans.word`
+    word: Tensor | None = None  # [B, T] int32, as `TokenSpans.word`, but NO_WORD in groups without an anchor
     ranks: RankTable | None = None  # the same groups, and those without an anchor, in the order of the Triton kernels
-
-
-@runtime_checkable
-class _FastEncoding(Protocol):
-    """What `TokenSpans.from_encoding` reads of one `tokenizers.Encoding`."""
-
-    word_ids: list[int | None]
-    sequence_ids: list[int | None]
-    attention_mask: list[int]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -81,7 +73,7 @@ class TokenSpans:
             ValueError: the sequences differ in length.
         """
         encodings = getattr(batch, "encodings", None)
-        if not encodings or not all(isinstance(encoding, _FastEncoding) for encoding in encodings):
+        if not encodings or not all(isinstance(encoding, FastEncoding) for encoding in encodings):
             raise TypeError(
                 f"batch must be the BatchEncoding of a fast tokenizer, got {type(batch).__name__} without word ids. "
                 "Load the tokenizer with use_fast=True, or build the spans with TokenSpans.from_word_ids or "
@@ -94,15 +86,7 @@ class TokenSpans:
                 "model's input. Tokenize with padding=True, or pad the word ids yourself and use "
                 "TokenSpans.from_word_ids."
             )
-        # word ids start again at 0 in the second text of a pair: make them differ
-        word_ids = [
-            [
-                None if word is None else 2 * word + (sequence or 0)
-                for word, sequence in zip(encoding.word_ids, encoding.sequence_ids, strict=True)
-            ]
-            for encoding in encodings
-        ]
-        return cls.from_word_ids(word_ids, [encoding.attention_mask for encoding in encodings])
+        return cls.from_word_ids(list(map(words_of, encodings)), [encoding.attention_mask for encoding in encodings])
 
     @classmethod
     def from_word_ids(
@@ -186,8 +170,10 @@ class TokenSpans:
         spans = np.stack([sequence, first - sequence * T, last + 1 - sequence * T], axis=-1)  # [W, 3]
         length = last + 1 - first
 
-        active = np.flatnonzero(continues.any(axis=1)).astype(np.int32)  # [S] sequences that have an anchor
+        has_anchor = np.logical_or.reduce(continues, axis=1)  # [B]
+        active = np.flatnonzero(has_anchor).astype(np.int32)  # [S] sequences that have an anchor
         of_active = slice(None) if len(active) == B else active
+        compared = np.where(has_anchor[:, None], word, np.int32(NO_WORD))  # [B, T] with the anchors of a sequence
         sequence_tables = _contrast_tables(
             word[of_active], valid[of_active], continues[of_active], active * np.int32(T)
         )
@@ -197,12 +183,13 @@ class TokenSpans:
         host, layout = _concatenate(
             {
                 "word": word,
+                "sequence_word": compared,
                 "spans": spans,
                 **{f"sequence_{name}": table for name, table in sequence_tables.items()},
                 **{f"batch_{name}": table for name, table in batch_tables.items()},
                 **{
                     f"sequence_rank_{name}": table
-                    for name, table in rank_tables(word, valid, continues, anchors).items()
+                    for name, table in rank_tables(compared, compared != NO_WORD, continues, anchors).items()
                 },
                 **{f"batch_rank_{name}": table for name, table in rank_tables(*in_one_row, anchors).items()},
             }
@@ -243,7 +230,7 @@ class TokenSpans:
             self._view(f"{negatives}_anchor_slot"),
             self._view(f"{negatives}_anchor_word"),
             covers_batch=num_valid == B * T and key_token.numel() == B * T,
-            word=self.word,
+            word=self.word if negatives == "batch" else self._view("sequence_word"),
             ranks=self._rank_table(negatives),
         )
 

@@ -20,8 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Everything that can be changed about the evaluation."""
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     models = parser.add_argument_group(
-        "checkpoints: folders with a causal language model and its fast tokenizer, as save_pretrained writes them; "
-        "without any, those of the newest demo under runs/"
+        "checkpoints",
+        "folders with a causal language model and its fast tokenizer, as save_pretrained writes them; without any, "
+        "those of the newest demo under runs/",
     )
     models.add_argument("--task-only", type=Path, metavar="FOLDER", help="trained on the task loss alone")
     models.add_argument("--carma", type=Path, metavar="FOLDER", help="trained with CARMA")

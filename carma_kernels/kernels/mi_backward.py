@@ -25,14 +25,13 @@ from carma_kernels.kernels.mi import (
     group_sizes,
     halves,
     may_hold_positives,
-    scores,
 )
+from carma_kernels.kernels.stability import stencil_weights
 from carma_kernels.kernels.tiles import (
     dot,
     has_layer,
     layer_pointer,
     load_rows,
-    load_stencil,
     pid64,
     rounded,
     softplus_sigmoid,
@@ -163,37 +162,47 @@ def _store_weights(
             right, anchors, key_start, tables, states, out, COSINE, BOUNDED, INTERPRETED, BLOCK_M, HALF, PIECES // 2
         )
     else:
-        # two whole epilogues, a piece each: a correction of the weights at the positives would keep both in registers
+        scale, norm_scale, word, token, z, factor = anchors
+        token_ptr, word_ptr, inverse_norm_ptr = tables
+        z_ptr, factor_ptr, num_anchors, inverse_temperature = states
+        weight_ptr, column_sum_ptr = out
+        # each once, for both branches: what a compiler pass takes grows with the square of the loads and stores
         key = key_start + tl.arange(0, BLOCK_N)
-        if may_hold_positives(anchors[2], tl.load(tables[1] + key)):
-            row_sum = _store_piece(dots, anchors, key, tables, states, out, COSINE, BOUNDED, True, INTERPRETED)
+        key_word = tl.load(word_ptr + key)
+        key_token = tl.load(token_ptr + key)
+        key_z = tl.load(z_ptr + key, mask=key < num_anchors, other=INFINITY)
+        key_factor = tl.load(factor_ptr + key, mask=key < num_anchors, other=0.0)
+        score = dots * scale[:, None]
+        if COSINE:
+            key_norm = tl.load(inverse_norm_ptr + key_token)
+            score *= key_norm[None, :]
+        rows = (word, token, z, factor)
+        keys = (key_word, key_token, key_z, key_factor)
+        # two whole branches: a correction of the weights at the positives would keep both in registers
+        if may_hold_positives(word, key_word):
+            weight = _derivative(score, rows, keys, inverse_temperature, BOUNDED, True)
         else:
-            row_sum = _store_piece(dots, anchors, key, tables, states, out, COSINE, BOUNDED, False, INTERPRETED)
+            weight = _derivative(score, rows, keys, inverse_temperature, BOUNDED, False)
+        weight *= norm_scale[:, None]
+        if COSINE:
+            weight *= key_norm[None, :]
+        if weight_ptr.dtype.element_ty == tl.float16:
+            weight = tl.clamp(weight, -LARGEST_HALF, LARGEST_HALF)
+        stored = rounded(weight, weight_ptr.dtype.element_ty, INTERPRETED)
+        offs_n = tl.arange(0, BLOCK_N)
+        tl.store(weight_ptr + offs_n[None, :], stored)
+        product = stored.to(tl.float32) * dots
+        if COSINE:
+            tl.store(column_sum_ptr + offs_n, tl.sum(product, 0))
+        row_sum = tl.sum(product, 1)
     return row_sum
 
 
 @triton.jit
-def _store_piece(
-    dots,
-    anchors,
-    key,  # [BLOCK_N]
-    tables,
-    states,
-    out,
-    COSINE: tl.constexpr,
-    BOUNDED: tl.constexpr,
-    POSITIVES: tl.constexpr,  # there may be some
-    INTERPRETED: tl.constexpr,
-):
-    """`_store_weights` of a piece."""
-    scale, norm_scale, word, token, z, factor = anchors
-    z_ptr, factor_ptr, num_anchors, inverse_temperature = states
-    token_ptr, _, inverse_norm_ptr = tables
-    weight_ptr, column_sum_ptr = out
-    score, key_word = scores(dots, scale, key, tables, COSINE)
-    key_factor = tl.load(factor_ptr + key, mask=key < num_anchors, other=0.0)
-    if POSITIVES or not BOUNDED:
-        key_z = tl.load(z_ptr + key, mask=key < num_anchors, other=INFINITY)
+def _derivative(score, rows, keys, inverse_temperature, BOUNDED: tl.constexpr, POSITIVES: tl.constexpr):
+    """`M_ij` of a piece, for words, tokens, z' and factors of its rows and keys; POSITIVES: there may be some."""
+    word, token, z, factor = rows
+    key_word, key_token, key_z, key_factor = keys
     same_word = word[:, None] == key_word[None, :]
     is_negative = (word != NO_ANCHOR)[:, None] & (key_word != NO_WORD)[None, :] & ~same_word
     exponent = tl.where(is_negative, score, MINUS_INFINITY)
@@ -203,21 +212,10 @@ def _store_piece(
         weight = tl.exp(exponent - z[:, None]) * factor[:, None]
         weight += tl.exp(exponent - key_z[None, :]) * key_factor[None, :]
     if POSITIVES:
-        distance = tl.load(token_ptr + key)[None, :] - token[:, None]
+        distance = key_token[None, :] - token[:, None]
         _, sigma = softplus_sigmoid(tl.where(distance > 0, z[:, None], key_z[None, :]) - score)
         weight = tl.where(same_word & (distance != 0), -sigma, weight)
-    weight *= norm_scale[:, None]
-    if COSINE:
-        weight *= tl.load(inverse_norm_ptr + tl.load(token_ptr + key))[None, :]
-    if weight_ptr.dtype.element_ty == tl.float16:
-        weight = tl.clamp(weight, -LARGEST_HALF, LARGEST_HALF)
-    stored = rounded(weight, weight_ptr.dtype.element_ty, INTERPRETED)
-    offs_n = tl.arange(0, dots.shape[1])
-    tl.store(weight_ptr + offs_n[None, :], stored)
-    product = stored.to(tl.float32) * dots
-    if COSINE:
-        tl.store(column_sum_ptr + offs_n, tl.sum(product, 0))
-    return tl.sum(product, 1)
+    return weight
 
 
 @triton.jit(
@@ -228,6 +226,9 @@ def _store_piece(
         "first_anchor",
         "first_key",
         "anchor_blocks",
+        "grad_losses_stride",
+        "stability_start",
+        "num_steps",
         "S",
         "N",
     ]
@@ -244,7 +245,12 @@ def _mi_gradient_kernel(
     weight_ptr,  # as in _mi_weights_kernel, and so on
     row_sum_ptr,
     column_sum_ptr,
-    stencil_weights_ptr,  # [L, 3]
+    losses_ptr,  # [num_steps] of the stability loss
+    scale_ptr,  # [num_steps]
+    grad_losses_ptr,  # [num_steps] upstream of the stability loss, with a stride
+    grad_losses_stride,
+    stability_start,  # first layer of the stability loss
+    num_steps,
     stencil_mask_ptr,  # [S, N] uint8
     first_layer,
     first_state,
@@ -304,7 +310,6 @@ def _mi_gradient_kernel(
     row = start + tl.arange(0, BLOCK_M)
     offs_k = tl.arange(0, BLOCK_K)
     offs_d = width_start + tl.arange(0, BLOCK_D)
-    read_d = offs_d if EVEN_D else tl.minimum(offs_d, D - 1)
     gradient = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     projection = tl.zeros((BLOCK_M,), tl.float32)
     if for_anchors:
@@ -313,7 +318,7 @@ def _mi_gradient_kernel(
         for key_start in range(0, num_valid, BLOCK_K):
             key = key_start + offs_k
             weight = tl.load(weight_ptr + row[:, None] * COLUMNS + key[None, :])
-            hidden = tl.load(hidden_ptr + token[:, None].to(tl.int64) * D + read_d[None, :])
+            hidden = _load_columns(hidden_ptr, token, offs_d, D, EVEN_D)
             token = tl.load(token_ptr + tl.minimum(key + BLOCK_K, num_valid - 1))
             gradient = dot(weight, hidden, gradient, PRECISION, INTERPRETED)
         if COSINE:
@@ -326,7 +331,7 @@ def _mi_gradient_kernel(
             for anchor_start in range(0, num_anchors, BLOCK_K):
                 anchor = anchor_start + offs_k
                 weight = tl.load(weight_ptr + anchor[:, None] * COLUMNS + row[None, :])
-                hidden = tl.load(hidden_ptr + token[:, None].to(tl.int64) * D + read_d[None, :])
+                hidden = _load_columns(hidden_ptr, token, offs_d, D, EVEN_D)
                 token = tl.load(token_ptr + tl.minimum(anchor + BLOCK_K, num_anchors - 1))
                 gradient = dot(tl.trans(weight), hidden, gradient, PRECISION, INTERPRETED)
             if COSINE:
@@ -354,7 +359,9 @@ def _mi_gradient_kernel(
         if HAS_MASK:
             in_stability &= tl.load(stencil_mask_ptr + group * N + token) != 0
         is_read |= in_stability
-        weights = load_stencil(stencil_weights_ptr, layer)
+        weights = stencil_weights(
+            losses_ptr, scale_ptr, grad_losses_ptr, grad_losses_stride, layer, stability_start, num_steps
+        )
     rows = (is_own, is_read, is_key, in_stability, projection, token[:, None].to(tl.int64) * D + group_start)
     layers = (hidden_table, out_table, layer)
     _write_rows(
@@ -374,6 +381,13 @@ def _mi_gradient_kernel(
         BLOCK_D,
         PIECES,
     )
+
+
+@triton.jit
+def _load_columns(hidden_ptr, token, offs_d, D, EVEN_D: tl.constexpr):
+    """Some tokens by a part of the width, `[tokens, BLOCK_D]`."""
+    address = hidden_ptr + token[:, None].to(tl.int64) * D + offs_d[None, :]
+    return tl.load(address) if EVEN_D else tl.load(address, mask=(offs_d < D)[None, :], other=0.0)
 
 
 @triton.jit

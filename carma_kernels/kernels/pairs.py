@@ -16,11 +16,11 @@ summation (the dot product has r = 1 and no second term of d/dh_i).
 import triton
 import triton.language as tl
 
+from carma_kernels.kernels.stability import stencil_weights
 from carma_kernels.kernels.tiles import (
     has_layer,
     layer_pointer,
     load_rows,
-    load_stencil,
     log_of_sum,
     pid64,
     rounded,
@@ -104,7 +104,17 @@ def _pairs_forward_kernel(
     tl.store(summary_ptr + row * 2 + 1, work)
 
 
-@triton.jit(do_not_specialize=["first_layer", "num_slots", "num_edges", "stride_start_l"])
+@triton.jit(
+    do_not_specialize=[
+        "grad_losses_stride",
+        "stability_start",
+        "num_steps",
+        "first_layer",
+        "num_slots",
+        "num_edges",
+        "stride_start_l",
+    ]
+)
 def _pairs_backward_kernel(
     hidden_table,  # [L] addresses of [N, D]
     out_table,  # [L] addresses of [N, D], 0 for no gradient
@@ -116,7 +126,12 @@ def _pairs_backward_kernel(
     inverse_norm_ptr,  # [L, N]
     inverse_temperature_ptr,  # 0-d
     grad_ptr,  # [L]
-    stencil_ptr,  # [L, 3] of all layers
+    losses_ptr,  # [num_steps] of the stability loss
+    scale_ptr,  # [num_steps]
+    grad_losses_ptr,  # [num_steps] upstream of the stability loss, with a stride
+    grad_losses_stride,
+    stability_start,  # first layer of the stability loss
+    num_steps,
     stability_mask_ptr,  # [N] uint8
     first_layer,
     D,
@@ -168,7 +183,9 @@ def _pairs_backward_kernel(
         takes_part = True
         if HAS_MASK:
             takes_part = tl.load(stability_mask_ptr + token) != 0
-        before, after, own = load_stencil(stencil_ptr, layer)
+        before, after, own = stencil_weights(
+            losses_ptr, scale_ptr, grad_losses_ptr, grad_losses_stride, layer, stability_start, num_steps
+        )
         mask = in_row & takes_part
         h = load_rows(hidden_ptr, offset, mask)
         x += stencil(h, hidden_table, layer, offset, mask, before, after, own, DTYPE, ALIGNMENT)

@@ -121,24 +121,18 @@ def step_weights(losses_ptr, scale_ptr, grad_ptr, grad_stride, step, num_steps):
     return weight, weight * tl.load(losses_ptr + step, mask=exists, other=0.0)
 
 
-@triton.jit(do_not_specialize=["start", "num_steps", "grad_stride"])
-def _stencil_weights_kernel(
-    losses_ptr,  # [num_steps]
-    scale_ptr,  # [num_steps]
-    grad_ptr,  # [num_steps] upstream, with a stride
-    grad_stride,
-    weights_ptr,  # [L, 3] out, see `tiles.load_stencil`
-    start,  # the loss's first layer
-    num_steps,
-):
-    """Grid: L."""
-    layer = pid64(0)
+@triton.jit
+def stencil_weights(losses_ptr, scale_ptr, grad_ptr, grad_stride, layer, start, num_steps):
+    """A layer's `k_{l-1}`, `k_l` and `-(k_{l-1} r_{l-1} + k_l r_l)`, times upstream, for `tiles.stencil`.
+
+    Args:
+        losses_ptr, scale_ptr, grad_ptr: `[num_steps]`, the last with a stride.
+        layer: its number among all.
+        start: of the loss's layers.
+    """
     before, pull_before = step_weights(losses_ptr, scale_ptr, grad_ptr, grad_stride, layer - start - 1, num_steps)
     after, pull_after = step_weights(losses_ptr, scale_ptr, grad_ptr, grad_stride, layer - start, num_steps)
-    weights = weights_ptr + layer * 3
-    tl.store(weights, before)
-    tl.store(weights + 1, after)
-    tl.store(weights + 2, -(pull_before + pull_after))
+    return before, after, -(pull_before + pull_after)
 
 
 @triton.jit(do_not_specialize=["start", "num_steps", "grad_stride", "skip_start", "skip_stop", "L", "N"])

@@ -106,13 +106,6 @@ def negatives_factor(pull, shift, largest, total):
 
 
 @triton.jit
-def load_stencil(weights_ptr, layer):
-    """A layer's stencil weights, from `[L, 3]`: `k_{l-1}`, `k_l`, `-(k_{l-1} r_{l-1} + k_l r_l)`, times upstream."""
-    weights = weights_ptr + layer * 3
-    return tl.load(weights), tl.load(weights + 1), tl.load(weights + 2)
-
-
-@triton.jit
 def stencil(x, table, layer, offset, mask, before, after, own, DTYPE: tl.constexpr, ALIGNMENT: tl.constexpr):
     """The stability loss's gradient of a tile of a layer, in fp32; 0 where masked.
 
@@ -125,7 +118,7 @@ def stencil(x, table, layer, offset, mask, before, after, own, DTYPE: tl.constex
         layer: its number there.
         offset: of the tile's elements in a layer.
         mask: the elements that take part, a block of the tile's shape.
-        before, after, own: as `load_stencil` returns them.
+        before, after, own: as `stability.stencil_weights` returns them.
     """
     previous, following = neighbours(table, layer, before, after, DTYPE, ALIGNMENT)
     return stencil_of(x, previous, following, offset, mask, before, after, own)

@@ -146,8 +146,7 @@ class _LongMI:
     ) -> Tensor | None:
         """Write every layer of `out`; return `sum_ij W_ij s_ij` of each layer `[L_mi]` if it is needed."""
         norms = saved.inverse_norms if self.similarity.cosine else None
-        stencil = stability.stencil(len(hidden)) if stability.num_steps and out is not None else None
-        given = (self.similarity, norms, saved.state, grad_sums, stencil, out, needs_work)
+        given = (self.similarity, norms, saved.state, grad_sums, stability, out, needs_work)
         if isinstance(self.pairs, Listed):
             work = listed_backward(hidden, self.layers, self.pairs, *given)
         else:

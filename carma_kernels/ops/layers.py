@@ -84,16 +84,6 @@ class ScaledSimilarity:
     """a cosine at a tau, given as a number, so large that `exp(s - 1/tau)` of no score underflows"""
 
 
-@dataclass(frozen=True)
-class Stencil:
-    """The stability loss's part of the gradients."""
-
-    weights: Tensor
-    """`[L, 3]` fp32, upstream-weighted: `k_{l-1}`, `k_l`, `-(k_{l-1} r_{l-1} + k_l r_l)`; zeros outside its layers"""
-    mask: Tensor | None
-    """`[B*T]` uint8, the rows that take part; None for all"""
-
-
 def check_dtype(hidden: Tensor) -> None:
     """Refuse what the kernels do not compute with."""
     if hidden.dtype not in DTYPES:

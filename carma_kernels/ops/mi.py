@@ -18,12 +18,12 @@ from carma_kernels.kernels import launch, mi, mi_backward
 from carma_kernels.ops.layers import (
     LayerTable,
     ScaledSimilarity,
-    Stencil,
     ceil_div,
     constants,
     dot_precision,
     target,
 )
+from carma_kernels.ops.stability import StabilityGradient
 
 WORKSPACE_BYTES = 128 * 2**20
 """What the forward's partial sums and the backward's weights may take, or the bytes of one layer if these are more."""
@@ -129,7 +129,7 @@ def contrast_backward(
     inverse_norms: Tensor | None,
     state: tuple[Tensor, Tensor],
     grad_sums: Tensor,
-    stencil: Stencil | None,
+    stability: StabilityGradient,
     out: LayerTable | None,
     needs_work: bool,
 ) -> Tensor | None:
@@ -139,7 +139,7 @@ def contrast_backward(
         hidden, layers, pairs, similarity, inverse_norms: as in `contrast_forward`.
         state: as that left it.
         grad_sums: `[len(layers)]` fp32, upstream.
-        stencil: the stability loss's part; None without.
+        stability: of the stability loss; without any step if there is none.
         out: L layers, None among them where no gradient is wanted. Every row of those in `layers` is written.
         needs_work: whether the temperature needs a gradient.
 
@@ -214,8 +214,7 @@ def contrast_backward(
                 weight,
                 row_sum,
                 column_sum,
-                None if stencil is None else stencil.weights,
-                None if stencil is None else stencil.mask,
+                *stability.arguments,
                 *first,
                 anchor_blocks,
                 rows,
@@ -225,8 +224,8 @@ def contrast_backward(
                 problem.D,
                 problem.R,
                 RESCALE=scale is not None,
-                STENCIL=stencil is not None,
-                HAS_MASK=stencil is not None and stencil.mask is not None,
+                STENCIL=stability.num_steps > 0,
+                HAS_MASK=stability.num_steps > 0 and stability.mask is not None,
                 ANCHOR_BLOCK=ANCHOR_BLOCK,
                 KEY_BLOCK=KEY_BLOCK,
                 **problem.dot_constants(gradient),

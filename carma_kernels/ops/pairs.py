@@ -10,7 +10,8 @@ from torch import Tensor
 
 from carma_kernels.kernels import launch
 from carma_kernels.kernels.pairs import _pairs_backward_kernel, _pairs_forward_kernel
-from carma_kernels.ops.layers import LayerTable, ScaledSimilarity, Stencil, ceil_div, constants, target
+from carma_kernels.ops.layers import LayerTable, ScaledSimilarity, ceil_div, constants, target
+from carma_kernels.ops.stability import StabilityGradient
 
 
 class Listed(NamedTuple):
@@ -82,7 +83,7 @@ def listed_backward(
     inverse_norms: Tensor | None,
     state: tuple[Tensor, Tensor],
     grad_sums: Tensor,
-    stencil: Stencil | None,
+    stability: StabilityGradient,
     out: LayerTable | None,
     needs_work: bool,
 ) -> Tensor | None:
@@ -91,7 +92,7 @@ def listed_backward(
     Args:
         hidden, layers, pairs, similarity, inverse_norms, state: as in `listed_forward`.
         grad_sums: `[len(layers)]` fp32, the gradient of each layer's sum over pairs.
-        stencil: the stability loss's part; None for none.
+        stability: of the stability loss; without any step if there is none.
         out: where the gradients go, all layers; None to write none.
         needs_work: whether to return `sum W s` of each layer `[len(layers)]`, from which the temperature's follows.
     """
@@ -111,16 +112,15 @@ def listed_backward(
             inverse_norms,
             similarity.inverse_temperature,
             grad_sums,
-            stencil.weights if stencil is not None else None,
-            stencil.mask if stencil is not None else None,
+            *stability.arguments,
             layers.start,
             D,
             score.shape[2],
             score.shape[1] * score.shape[2],
             index.start.shape[1] if len(index.start) > 1 else 0,
             COSINE=similarity.cosine,
-            HAS_STENCIL=stencil is not None,
-            HAS_MASK=stencil is not None and stencil.mask is not None,
+            HAS_STENCIL=stability.num_steps > 0,
+            HAS_MASK=stability.num_steps > 0 and stability.mask is not None,
             **constants(hidden, out),
             **configuration,
         )

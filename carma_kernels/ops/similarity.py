@@ -50,6 +50,12 @@ def pairwise_similarity(
     """`[len(layers), B, T, T]` in `out_dtype`: see `carma_kernels.pairwise_similarity`."""
     arguments = similarity_arguments(hidden, layers, similarity, mask, out_dtype)
     check_dtype(arguments.hidden[0])
+    T, D = arguments.hidden[0].shape[-2:]
+    if T * D > _INT32_MAX:
+        raise ValueError(
+            f"hidden_states have sequences of {T} tokens with {D} numbers each; the triton backend takes sequences of "
+            "up to 2^31 - 1 numbers. Use backend='torch'."
+        )
     matrix: Tensor = _forward(*arguments)[0]
     return matrix
 
@@ -158,12 +164,6 @@ class _Launches:
         self._mask = problem.mask.contiguous().view(torch.uint8) if problem.mask is not None else None
         self._cosine = problem.cosine
         self._grid = (len(self._hidden), *self._hidden.shape)  # L, B, T, D
-        _, _, T, D = self._grid
-        if T * D > _INT32_MAX:
-            raise ValueError(
-                f"hidden_states have sequences of {T} tokens with {D} numbers each; the triton backend takes sequences "
-                "of up to 2^31 - 1 numbers. Use backend='torch'."
-            )
 
     @property
     def inverse_temperature(self) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from carma_kernels.kernels import launch, stability
-from carma_kernels.ops.layers import LayerTable, Stencil, ceil_div, constants, hull, target
+from carma_kernels.ops.layers import LayerTable, ceil_div, constants, hull, target
 
 _FINALIZE_BLOCK = 1024
 
@@ -39,19 +39,11 @@ class StabilityGradient:
         """From each layer to the next."""
         return self.losses.shape[0]
 
-    def stencil(self, num_layers: int) -> Stencil:
-        """As the kernels of the MI loss take it."""
-        weights = self.losses.new_empty((num_layers, 3))
-        stability._stencil_weights_kernel[(num_layers,)](
-            self.losses,
-            self.scale,
-            self.upstream,
-            self.upstream.stride(0),
-            weights,
-            self.layers.start,
-            self.num_steps,
-        )
-        return Stencil(weights, self.mask)
+    @property
+    def arguments(self) -> tuple[Tensor | int | None, ...]:
+        """As the kernels take it."""
+        upstream = self.upstream
+        return self.losses, self.scale, upstream, upstream.stride(0), self.layers.start, self.num_steps, self.mask
 
 
 def stability_forward(

@@ -21,9 +21,10 @@ class Room(NamedTuple):
 INTERFACE = {"_backend", "config", "functional", "modules", "pairs", "spans"}
 ROOMS = {
     # what a batch's words and pairs are
+    "_encodings": Room(set(), set()),
     "_ranks": Room(set(), {"numpy", "torch"}),
     "pairs": Room(set(), {"torch"}),
-    "spans": Room({"_ranks", "pairs"}, {"numpy", "torch"}),
+    "spans": Room({"_encodings", "_ranks", "pairs"}, {"numpy", "torch"}),
     # what the ranks of a process group have together
     "distributed": Room({"pairs", "spans"}, {"numpy", "torch"}),
     # the backends
@@ -43,7 +44,8 @@ ROOMS = {
     "carma_kernels": Room(INTERFACE, set()),
     # in other people's code
     "integrations": Room(
-        {"_operators", "_terms", "_validate", "carma_kernels", "eager", *INTERFACE}, {"numpy", "torch", "transformers"}
+        {"_encodings", "_operators", "_terms", "_validate", "carma_kernels", "eager", *INTERFACE},
+        {"numpy", "torch", "transformers"},
     ),
     # the commands
     "measure": Room(set(), {"torch", "triton"}),  # for its version

@@ -50,7 +50,7 @@ def unreadable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def no_interpreter_at_work(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels that the interpreter would run with NumPy do nothing when they are launched: what is left is the host's."""
+    """Kernels that the interpreter would run with NumPy do nothing when launched: what is left is the host's part."""
     if backend.interpret:
         from triton.runtime.interpreter import GridExecutor
 

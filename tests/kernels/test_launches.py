@@ -63,7 +63,8 @@ def test_launches_do_not_grow_with_the_layers(loss: str, T: int, device: str) ->
     assert counts[0] == counts[1] == counts[2]
     forward, backward = counts[0]
     assert forward <= 4
-    assert backward.total() <= (1 if T == SHORT and loss in ("mi", "batch", "stability", "carma", "carma, dot") else 2)
+    one = T == SHORT and loss in ("mi", "batch", "stability", "carma", "carma, dot")
+    assert backward.total() <= (1 if one else 2)
 
 
 @pytest.mark.parametrize("T", [1, 2, 16, 17, 64, 65, 128])

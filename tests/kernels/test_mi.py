@@ -83,8 +83,9 @@ def run(
     problem: Problem, spans: TokenSpans, hidden: Tensor | list[Tensor], tau: Tensor | float, device: str
 ) -> tuple[Tensor, ...]:
     """Sums of the MI loss over the pairs, and the stability loss, differentiated by the host functions."""
-    from carma_kernels.ops.layers import ScaledSimilarity, Stencil, readable
+    from carma_kernels.ops.layers import ScaledSimilarity, readable
     from carma_kernels.ops.mi import contrast_backward, contrast_forward, contrast_state_shapes
+    from carma_kernels.ops.stability import StabilityGradient
 
     case, layers = problem.case, problem.layers
     ranks = spans.to(device).contrast_table(case.negatives).ranks
@@ -110,10 +111,10 @@ def run(
 
         @staticmethod
         def backward(ctx: Any, grad_sums: Tensor, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
-            stencil = None
-            if problem.stability is not None:
-                weights = stencil_weights(len(ctx.table), problem.stability, ctx.losses, ctx.scale, grad_losses)
-                stencil = Stencil(weights, None if mask is None else mask.flatten().to(torch.uint8))
+            mask_bytes = None if mask is None else mask.flatten().to(torch.uint8)
+            stencil = StabilityGradient(
+                problem.stability or range(0), mask_bytes, ctx.losses.float(), ctx.scale.float(), grad_losses
+            )
             gradients = [torch.empty_like(layer) for layer in ctx.table.layers]
             out = type(ctx.table)(
                 tuple(None if at in problem.frozen else gradient for at, gradient in enumerate(gradients))
@@ -150,18 +151,6 @@ def stability(
     change = torch.stack([(b - a).square().mean() for a, b in pairwise(rows)])
     denominator = energy[1:] + energy[:-1] + 1e-8
     return change / denominator, 2 / (rows[0].numel() * denominator)
-
-
-def stencil_weights(num_layers: int, chosen: range, losses: Tensor, scale: Tensor, grad: Tensor) -> Tensor:
-    """`[L, 3]` fp32: `k_{l-1}`, `k_l`, `-(k_{l-1} r_{l-1} + k_l r_l)`."""
-    weights = torch.zeros(num_layers, 3, dtype=FP64, device=grad.device)
-    for step, layer in enumerate(range(chosen.start, chosen.stop - 1)):
-        k = scale[step] * grad[step]
-        weights[layer + 1, 0] += k
-        weights[layer, 1] += k
-        weights[layer, 2] -= k * losses[step]
-        weights[layer + 1, 2] -= k * losses[step]
-    return weights.float()
 
 
 def reference(

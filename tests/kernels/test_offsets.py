@@ -117,7 +117,7 @@ def test_what_bounds_them() -> None:
     for window in problem.windows(1, 128):
         assert len(window.anchors) * len(window.keys) < 2**31
     wide = torch.empty(1).expand(1, 1, 2**16, 2**15)
-    with pytest.raises(ValueError, match="65536 tokens with 32768 numbers.*backend='torch'"):
+    with pytest.raises(ValueError, match=r"65536 tokens with 32768 numbers.*backend='torch'"):
         pairwise_similarity(wide, range(1), Similarity(True, 1.0), None, torch.float32)
 
 

@@ -43,12 +43,13 @@ def run(
     pairs: PairIndex,
     cosine: bool,
     grad: Tensor,
-    stencil: tuple[Tensor, Tensor | None] | None = None,
+    stability: tuple[range, Tensor | None, Tensor, Tensor, Tensor] | None = None,
     frozen: tuple[int, ...] = (),
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     """Costs `[L, P]`, the gradients of all layers (NaN where none is written), and the work `[L]`."""
     from carma_kernels.ops import pairs as ops
-    from carma_kernels.ops.layers import LayerTable, ScaledSimilarity, Stencil, readable
+    from carma_kernels.ops.layers import LayerTable, ScaledSimilarity, readable
+    from carma_kernels.ops.stability import StabilityGradient
 
     there = [h.to(device) for h in hidden]
     norm = torch.stack([h.double().norm(dim=-1).view(-1) for h in hidden])[layers.start : layers.stop]
@@ -68,7 +69,7 @@ def run(
         inverse_norms,
         state,
         grad.to(device),
-        Stencil(*stencil) if stencil is not None else None,
+        StabilityGradient(*(stability or (range(0), None, *[torch.zeros(0, device=device)] * 3))),
         LayerTable(tuple(None if layer in frozen else o for layer, o in enumerate(out))),
         needs_work=True,
     )
@@ -122,13 +123,14 @@ def test_the_stability_part_is_added(device: str, masked: bool) -> None:
     layers = range(1, 4)
     grad = torch.tensor([0.5, 1.0, -1.0])
     mask = torch.tensor([1, 1, 0, 1, 1, 1, 1, 1, 0, 1]).bool() if masked else torch.ones(10).bool()
-    weights = torch.tensor([[0.0, 0.3, 0.1], [0.3, -0.2, 0.05], [-0.2, 0.0, 0.4], [0.0, 0.0, 0.0]])
+    losses, scale, upstream = torch.tensor([[0.5, 0.7], [0.3, 0.2], [1.0, -1.0]], device=device)  # of layers 0 to 2
+    weights = [(0.0, 0.3, -0.15), (0.3, -0.2, -0.01), (-0.2, 0.0, 0.14), (0.0, 0.0, 0.0)]
     read = torch.where(mask[None, None, :, None], hidden, torch.nan)
     if masked:
         hidden[:, :, 8] = torch.nan  # token 8 is in no pair
     _, plain, _ = run(device, hidden, layers, pairs, True, grad)
-    stencil = (weights.to(device), mask.to(torch.uint8).to(device) if masked else None)
-    _, fused, _ = run(device, hidden, layers, pairs, True, grad, stencil)
+    stability = (range(3), mask.to(torch.uint8).to(device) if masked else None, losses, scale, upstream)
+    _, fused, _ = run(device, hidden, layers, pairs, True, grad, stability)
     for layer in layers:
         before, after, own = weights[layer]
         part = own * read[layer]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from carma_kernels import TokenSpans
@@ -125,3 +125,17 @@ def test_what_carries_no_word_ids_is_refused(tokenizer):
             TypeError, match=r"batch must be the BatchEncoding of a fast tokenizer, got \w+ without word ids"
         ):
             TokenSpans.from_encoding(batch)
+
+
+def test_a_tokenizer_that_does_not_split_texts_into_words():
+    """As Gemma's and Llama 2's: spaces become a mark on pieces, and word ids hold the whole text for one word."""
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer = normalizers.Replace(" ", "\u2581")
+    trainer = trainers.BpeTrainer(vocab_size=60, special_tokens=["<pad>"], show_progress=False)
+    bpe.train_from_iterator(["keeps bees busy keeps bees busy bees"], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>")
+    batch = tokenizer(["bees keep busy", "bees"], padding=True)
+    assert set(batch.word_ids(0)) == {0}
+    spans = TokenSpans.from_encoding(batch)
+    texts = [["".join(batch.tokens(b)[s:e]) for s, e in words] for b, words in enumerate(spans.to_lists())]
+    assert texts == [["bees", "\u2581keep", "\u2581busy"], ["bees"]]

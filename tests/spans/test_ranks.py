@@ -15,8 +15,10 @@ from tests.spans.test_contrast_table import relations_by_definition
 def test_tables(negatives: str, batch: Batch) -> None:
     B, T = batch.shape
     spans = batch.spans
-    ranks = spans.contrast_table(negatives).ranks
+    table = spans.contrast_table(negatives)
+    ranks = table.ranks
     assert ranks is not None
+    assert table.word is not None
     S = 1 if negatives == "batch" else B
     N = B * T // S if S else 0
     pairs, others = relations_by_definition(batch, negatives)
@@ -31,12 +33,15 @@ def test_tables(negatives: str, batch: Batch) -> None:
     for group in range(S):
         tokens = range(group * N, (group + 1) * N)
         ours = [token for token in tokens if token in anchors]
-        valid = [token for token in tokens if word[token] >= 0 and token not in anchors]
-        padding = [token for token in tokens if word[token] < 0]
+        compared = bool(ours) or negatives == "batch"  # without pairs a batch launches nothing
+        valid = [token for token in tokens if compared and word[token] >= 0 and token not in anchors]
+        padding = [token for token in tokens if not compared or word[token] < 0]
         order = [*ours, *valid, *padding]
         rest = ranks.token.shape[1] - N
         assert ranks.token[group].tolist() == [token - tokens.start for token in order] + [0] * rest
-        assert ranks.word[group].tolist() == [word[token] for token in order] + [-1] * rest
+        words = [word[token] if compared else -1 for token in order]
+        assert ranks.word[group].tolist() == words + [-1] * rest
+        assert table.word.view(S, N)[group].tolist() == [word[token] if compared else -1 for token in tokens]
         assert ranks.size[group].tolist() == [len(ours), len(ours) + len(valid)]
         for rank, anchor in enumerate(ours):
             positives = sorted(j for i, j in pairs if i == anchor)

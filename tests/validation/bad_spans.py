@@ -18,7 +18,8 @@ Row = tuple[str, Callable[[], object], type[Exception], str, str, str]
 
 
 def encoding(num_tokens: int) -> SimpleNamespace:
-    return SimpleNamespace(word_ids=[0] * num_tokens, sequence_ids=[0] * num_tokens, attention_mask=[1] * num_tokens)
+    ones = [1] * num_tokens
+    return SimpleNamespace(word_ids=ones, sequence_ids=ones, attention_mask=ones, tokens=["a"] * num_tokens)
 
 
 def from_encodings(*encodings: object) -> TokenSpans:

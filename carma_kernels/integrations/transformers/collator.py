@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from carma_kernels._encodings import words_of
 from carma_kernels.spans import NO_WORD, TokenSpans
 
 WORD_IDS = "word_ids"
 """The column of an example that holds the word of each of its tokens."""
 
-_SPACE = "\u2581"  # SentencePiece's mark on a piece that begins with a space
 _WordIds = list[int | None]
 
 
@@ -70,7 +70,7 @@ class CarmaCollator:
         if WORD_IDS in example:
             return list(example[WORD_IDS])
         if encodings := getattr(example, "encodings", None):
-            return _words_of(encodings[0])
+            return words_of(encodings[0])
         return None if self.tokenizer is None else self._read_words(example)
 
     def _read_words(self, example: Mapping[str, Any]) -> _WordIds:
@@ -79,7 +79,7 @@ class CarmaCollator:
         places = np.flatnonzero(_mask_of(example)).tolist()
         kept = [token_ids[place] for place in places]
         encoding = self.tokenizer(self._decode(kept), add_special_tokens=False, verbose=False).encodings[0]
-        words = _words_of(encoding)
+        words = words_of(encoding)
         if encoding.ids != kept:
             # What is left of a truncated word is tokenized differently, say: go by the letter a token ends with.
             ends = (len(self._decode(kept[: stop + 1])) for stop in range(len(kept)))
@@ -100,20 +100,6 @@ def _without_words(example: Any) -> Any:
     if not isinstance(example, Mapping) or WORD_IDS not in example:
         return example
     return {name: value for name, value in example.items() if name != WORD_IDS}
-
-
-def _words_of(encoding: Any) -> _WordIds:
-    """Word ids of a `tokenizers.Encoding`, a piece that begins with a space always beginning a word.
-
-    Gemma's and Llama 2's tokenizers hold a whole text for one word.
-    """
-    words: _WordIds = []
-    number, previous = -1, None
-    for word, token in zip(encoding.word_ids, encoding.tokens, strict=True):
-        number += word != previous or token.startswith(_SPACE)
-        previous = word
-        words.append(None if word is None else number)
-    return words
 
 
 def _spans_of_encodings(batch: Mapping[str, Any]) -> TokenSpans:

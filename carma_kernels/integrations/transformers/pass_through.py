@@ -3,8 +3,9 @@
 The plain call's backward makes the gradients of all layers at once, when the activations of the whole model are still
 there. Here an identity follows each block. The loss is computed apart from the model's graph, and joined to it by a
 node that takes the hidden states and gives them no gradient, but which autograd therefore runs before every identity:
-it notes which gradient arrived for the loss. Each identity then makes its own layer's gradient, adds the incoming one,
-and hands that on; hidden states that no layer is waiting for any more are let go of.
+it notes which gradient arrived for the loss. The identities, last block first, then make their layers' gradients, a
+few layers at a time, add the incoming ones, and hand the sums on; hidden states that no layer is waiting for any more
+are let go of.
 """
 
 from __future__ import annotations
@@ -18,7 +19,11 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
 from carma_kernels import CarmaConfig, CarmaOutput, PairIndex, TokenSpans, carma_loss
-from carma_kernels._operators import only_layer
+from carma_kernels._operators import only_layers
+
+_AT_ONCE = 4
+"""Layers whose gradients are made by one call. A call costs host time, a gradient memory, of which a language model has
+just given back many times as much: its logits' gradient."""
 
 
 class PassThrough:
@@ -68,7 +73,7 @@ class PassThrough:
 
 
 class _Loss:
-    """A loss with a graph of its own, whose backward is run a layer at a time."""
+    """A loss with a graph of its own, whose backward is run a few layers at a time."""
 
     def __init__(self, states: Sequence[Tensor], prefix: int) -> None:
         self._prefix = prefix
@@ -77,9 +82,10 @@ class _Loss:
         self._edges: dict[int, GradientEdge] = {}
         self._first = 0  # of the layers in use
         self.outputs: tuple[Tensor, Tensor, Tensor] | None = None  # loss, mi, stability
-        self.upstream: tuple[Tensor | None, ...] = ()
-        self.backward = -1  # the run of autograd in which `upstream` arrived
-        self._slot = 0  # whose gradient is being made
+        self._upstream: tuple[Tensor | None, ...] = ()
+        self._backward = -1  # the run of autograd in which `_upstream` arrived
+        self._made: dict[int, Tensor | None] = {}  # gradients that their layers have not fetched yet
+        self._slot = 0  # whose gradient is wanted
 
     def compute(self, pairs: TokenSpans | PairIndex, config: CarmaConfig, options: dict[str, Any]) -> CarmaOutput:
         """The output, connected to nothing but this loss."""
@@ -101,7 +107,7 @@ class _Loss:
         def unpack(packed: Tensor | int) -> Tensor:
             if isinstance(packed, Tensor):
                 return packed
-            # one that was let go of is not next to the layer whose gradient is being made, so it is not read
+            # one that was let go of is not next to a layer whose gradient is being made, so it is not read
             slot = self._slot if self._states[packed] is None else packed
             layer = self._states[slot]
             assert layer is not None
@@ -119,21 +125,35 @@ class _Loss:
 
     def add_gradient(self, slot: int, incoming: Tensor | None) -> Tensor | None:
         """This loss's gradient of one layer, added to the one from above."""
-        if self.outputs is None or self.backward != torch._C._current_graph_task_id():
+        if self.outputs is None or self._backward != torch._C._current_graph_task_id():
             return incoming
+        if slot not in self._made:
+            self._make(slot)
+        gradient = self._made.pop(slot)
+        if not _graph_is_kept():
+            self._let_go(slot)
+        return _sum(gradient, incoming, self._prefix)
+
+    def arrive(self, upstream: tuple[Tensor | None, ...]) -> None:
+        """The gradients of `outputs`, as a backward begins."""
+        self._upstream, self._backward = upstream, torch._C._current_graph_task_id()
+        self._made.clear()
+
+    def _make(self, slot: int) -> None:
+        """The gradient of this layer and of those before it, which come next."""
+        assert self.outputs is not None
         self._slot = slot
-        with only_layer(slot - self._first):
-            arrived = [(out, grad) for out, grad in zip(self.outputs, self.upstream, strict=True) if grad is not None]
-            [gradient] = torch.autograd.grad(
+        slots = [at for at in range(slot, -1, -1) if at in self._edges][:_AT_ONCE]
+        arrived = [(out, grad) for out, grad in zip(self.outputs, self._upstream, strict=True) if grad is not None]
+        with only_layers([at - self._first for at in slots]):
+            gradients = torch.autograd.grad(
                 [out for out, _ in arrived],
-                [self._edges[slot]],
+                [self._edges[at] for at in slots],
                 [grad for _, grad in arrived],
                 retain_graph=True,
                 allow_unused=True,
             )
-        if not _graph_is_kept():
-            self._let_go(slot)
-        return _sum(gradient, incoming, self._prefix)
+        self._made.update(zip(slots, gradients, strict=True))
 
     def _let_go(self, slot: int) -> None:
         """Of the hidden states that were last needed for this layer's gradient."""
@@ -187,7 +207,7 @@ class _Join(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
-        ctx.loss.upstream, ctx.loss.backward = upstream, torch._C._current_graph_task_id()
+        ctx.loss.arrive(upstream)
         return (None,) * len(ctx.needs_input_grad)
 
 

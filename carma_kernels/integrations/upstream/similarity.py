@@ -113,9 +113,9 @@ def _sum_by_place(values: Tensor, index: Tensor, size: int) -> Tensor:
     """`[size]`, in each place the sum of its values, in a fixed order."""
     total = values.new_zeros(size)
     if values.device.type == "cpu":
-        return total.index_add_(0, index.view(-1), values.view(-1))
+        return total.index_add_(0, index.view(-1), values.reshape(-1))
     # sorts the places, where index_add_ on a GPU would add in whatever order the atomics come
-    return total.index_put_((index.view(-1),), values.view(-1), accumulate=True)
+    return total.index_put_((index.view(-1),), values.reshape(-1), accumulate=True)
 
 
 def _without_unused(

@@ -12,19 +12,19 @@ import carma_kernels as ck
 from carma_kernels.integrations.transformers import HiddenStateTap
 from carma_kernels.measure import peak_memory
 
-B, T, L, D = 4, 64, 6, 128
+B, T, L, D, V = 4, 64, 24, 64, 256
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_peak_of_a_step(checkpointed: bool) -> None:
     """The plain call's backward holds a gradient of every layer on top of the activations of the whole model."""
     config = GPT2Config(
-        n_layer=L, n_embd=D, n_head=2, vocab_size=1000, n_positions=T, bos_token_id=None, eos_token_id=None
+        n_layer=L, n_embd=D, n_head=2, vocab_size=V, n_positions=T, bos_token_id=None, eos_token_id=None
     )
     model = GPT2LMHeadModel(config).train()
     if checkpointed:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    tokens = torch.randint(1000, (B, T), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(V, (B, T), generator=torch.Generator().manual_seed(0))
     spans = ck.TokenSpans.from_lists([list(pairwise(range(0, T, 3)))] * B, seq_len=T)
     hidden = L * B * T * D * 4  # bytes
 
@@ -44,5 +44,5 @@ def test_peak_of_a_step(checkpointed: bool) -> None:
 
     without, plain, passing = peak(None), peak(False), peak(True)
     assert plain - without > 0.9 * hidden
-    assert passing - without < 0.02 * hidden
+    assert passing - without < hidden / L
     assert passing < 1.01 * without

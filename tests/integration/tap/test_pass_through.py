@@ -14,6 +14,13 @@ from carma_kernels.integrations.transformers import HiddenStateTap
 from tests.integration.tap.models import SPANS, VALID, batch, blocks_of, build, distance, gradients
 from tests.integration.tap.test_checkpointing import WAYS
 
+
+@pytest.fixture(autouse=True, params=[1, 2], ids="{} at once".format)
+def at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer layers' gradients at a time than the model has layers."""
+    monkeypatch.setattr("carma_kernels.integrations.transformers.pass_through._AT_ONCE", request.param)
+
+
 Combine = Callable[[Tensor, ck.CarmaOutput], Tensor]
 
 COMBINATIONS: dict[str, Combine] = {
@@ -210,6 +217,28 @@ def test_gradients_of_some_parameters() -> None:
         weight = blocks_of(model)[1].mlp.up_proj.weight
         found.append(torch.autograd.grad(tap.carma_loss(SPANS).loss, weight)[0])
     assert torch.allclose(*found, rtol=1e-12, atol=1e-15)
+
+
+def test_a_backward_that_does_not_come_to_every_layer() -> None:
+    """What it made for the others is not theirs in the next backward. (In a chain of blocks it would be made again.)"""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+
+        def forward(self, states: Tensor) -> Tensor:
+            first, second = (block(states) for block in self.blocks)
+            return first + second
+
+    model = Model()
+    tap = HiddenStateTap(model, pass_through=True)
+    model(torch.randn(3, 11, 4))
+    loss, plain = tap.carma_loss(SPANS).loss, ck.carma_loss(tap.hidden_states, SPANS).loss
+    torch.autograd.grad(loss, model.blocks[1].weight, retain_graph=True)
+    [expected] = torch.autograd.grad(2 * plain, model.blocks[0].weight, retain_graph=True)
+    [got] = torch.autograd.grad(2 * loss, model.blocks[0].weight)
+    assert torch.allclose(got, expected, rtol=1e-5)
 
 
 def test_the_incoming_gradient_is_not_written_to() -> None:

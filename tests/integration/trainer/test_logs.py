@@ -118,10 +118,27 @@ def test_evaluation_batches_without_spans_count_for_the_task_loss(tmp_path: Path
 
 
 def test_prediction_without_labels(tmp_path: Path) -> None:
-    """The spans must not reach the model."""
+    """Such a batch goes to the model as it is, and the spans must not."""
     one = trainer(tmp_path, carma=CONFIG)
     one.data_collator.collator = lambda chosen: tokenizer().pad(chosen, return_tensors="pt")
+    given: list[set[str]] = []
+    one.model.register_forward_pre_hook(lambda _module, _args, named: given.append(set(named)), with_kwargs=True)
     assert one.predict(examples(2)).predictions.shape[:2] == batch_of(examples(2))["input_ids"].shape
+    assert given == [{"input_ids", "attention_mask"}]
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self) -> Any:
+        return iter(examples(6))
+
+
+def test_streamed_examples(tmp_path: Path) -> None:
+    one = trainer(tmp_path, 2, carma=CONFIG, max_steps=3)
+    one.train_dataset = Stream()
+    one.train()
+    assert one.state.log_history[2]["mi_loss"] == pytest.approx(
+        losses_of(batch_of(examples(6)[4:]))["mi_loss"], rel=1e-5
+    )
 
 
 def test_training_batch_without_spans_is_an_error(tmp_path: Path) -> None:

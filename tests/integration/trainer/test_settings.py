@@ -32,7 +32,7 @@ from tests.integration.trainer.toys import (
     window_gradients,
 )
 
-# what peft reads, and what transformers before 5.20 calls activation_checkpointing
+# what peft reads, and the old name of activation_checkpointing, which all versions know
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
 
 
@@ -136,7 +136,7 @@ def test_bf16_weights(tmp_path: Path) -> None:
     assert_same(actual, expected)
 
 
-def test_workers_and_length_grouping(tmp_path: Path) -> None:
+def test_workers_of_the_data_loader(tmp_path: Path) -> None:
     one = trainer(tmp_path, 8, dataloader_num_workers=2, learning_rate=1e-2)
     one.train()
     assert one.state.log_history[3]["mi_loss"] < one.state.log_history[0]["mi_loss"]

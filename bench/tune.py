@@ -1,0 +1,348 @@
+"""Measure the launch table anew on a GPU, and print the rows that would be better.
+
+    python -m bench.tune [--only mi_scores short_forward] [--dtypes bfloat16 float32] [--rehearse]
+
+Of each kernel, at each size, every candidate is launched as a loss launches it, on the same tensors. What it leads to
+must agree with what the table's own choice leads to; then its launches are timed alone, each with a cold L2 cache:
+median and the 20th and 80th percentile. A candidate replaces the table's choice if even its slower percentile is below
+the faster one of that. The rows printed at the end go into `carma_kernels/kernels/launch.py`; run
+`python -m carma_kernels.ops.compile` on them before anything else. Takes a GPU half an hour to an hour, most of it
+compilation.
+
+`--rehearse` goes the same way on tiny tensors on a CPU, in Triton's interpreter: its times say nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+import carma_kernels as ck
+from bench.workloads import Case, Workload
+from carma_kernels.kernels import launch
+from carma_kernels.kernels.launch import Configuration
+
+AGREE = {torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float32: 1e-4}
+"""How far two candidates may be apart, relative to the largest number: they round in other places."""
+
+Loss = Callable[[list[Tensor], ck.TokenSpans], Tensor]
+
+
+def _carma(hidden: list[Tensor], spans: ck.TokenSpans) -> Tensor:
+    return ck.carma_loss(hidden, spans, backend="triton").loss
+
+
+def _stability(hidden: list[Tensor], _spans: ck.TokenSpans) -> Tensor:
+    return ck.stability_loss(hidden, backend="triton")
+
+
+def _listed(hidden: list[Tensor], spans: ck.TokenSpans) -> Tensor:
+    generator = torch.Generator(spans.device).manual_seed(0)
+    return ck.mi_loss(hidden, spans.sample_pairs(5, generator), backend="triton")
+
+
+def _similarity(hidden: list[Tensor], _spans: ck.TokenSpans) -> Tensor:
+    return ck.pairwise_similarity(hidden, backend="triton").square().mean()
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A kernel of the launch table, and on what it is measured."""
+
+    loss: Loss
+    workloads: tuple[Workload, ...]
+    candidates: Callable[[], Iterator[Configuration]]
+    size: str  # of a workload, that decides in the launch table
+    kernels: tuple[str, ...] = ()  # that are launched with it, if not the one of its name
+
+
+def _grid(
+    blocks: Sequence[dict[str, int]], warps: Sequence[int], stages: Sequence[int] = (3,)
+) -> Iterator[Configuration]:
+    for constants, num_warps, num_stages in itertools.product(blocks, warps, stages):
+        yield Configuration(constants, num_warps=num_warps, num_stages=num_stages)
+
+
+def _short() -> Iterator[Configuration]:
+    for tokens, width, buffers in itertools.product((16, 32, 64, 128), (16, 32, 64, 128), (2, 3)):
+        for rows in {min(tokens, rows) for rows in (32, 64)}:
+            constants = {"BLOCK_M": rows, "BLOCK_T": tokens, "BLOCK_D": width, "NUM_BUFFERS": buffers}
+            yield from (Configuration(constants, num_warps=warps, max_size=tokens) for warps in (4, 8))
+
+
+def _tiles(registers: Sequence[int | None]) -> Iterator[Configuration]:
+    for rows, columns, warps in ((64, 64, 4), (64, 128, 4), (128, 128, 8), (128, 256, 8)):
+        for width, stages, most in itertools.product((32, 64), (2, 3, 4), registers):
+            constants = {"BLOCK_M": rows, "BLOCK_N": columns, "BLOCK_D": width, "PIECES": max(4, columns // 16)}
+            yield Configuration(constants, num_warps=warps, num_stages=stages, max_registers=most)
+
+
+def _products() -> Iterator[Configuration]:
+    for rows, depth, width, pieces, warps in (
+        (64, 64, 64, 2, 4),
+        (64, 64, 128, 4, 4),
+        (128, 64, 128, 4, 8),
+        (128, 32, 128, 4, 8),
+        (128, 64, 256, 8, 8),
+        (128, 32, 256, 8, 8),
+    ):
+        constants = {"BLOCK_M": rows, "BLOCK_K": depth, "BLOCK_D": width, "PIECES": pieces}
+        yield from _grid([constants], [warps], (2, 3, 4))
+
+
+def _rows(most: int) -> Iterator[Configuration]:
+    for width, elements in itertools.product((512, 1024, 2048, 4096), (1024, 2048, 4096, 8192)):
+        if width <= most:
+            yield from _grid([{"BLOCK_ROWS": max(1, elements // width), "BLOCK_D": width}], (4, 8, 16))
+
+
+_GROUPS = tuple(Workload("groups", 12, 16, T, 768, "dense") for T in (16, 32, 64, 124))
+_LONG = (Workload("long", 12, 8, 1024, 768, "dense"), Workload("long", 4, 1, 8192, 2048, "dense"))
+_WIDE = tuple(Workload("wide", 8, 8, 512, D, "dense") for D in (512, 768, 2048, 4096))
+
+SUBJECTS = {
+    "stability_forward": Subject(_stability, _WIDE, partial(_rows, 4096), "D"),
+    "stability_backward": Subject(_stability, _WIDE, partial(_rows, 4096), "D"),
+    "short_forward": Subject(_carma, _GROUPS, _short, "T"),
+    "short_backward": Subject(_carma, _GROUPS, _short, "T"),
+    "mi_scores": Subject(_carma, _LONG, partial(_tiles, (None, 128)), "T"),
+    "mi_weights": Subject(_carma, _LONG, partial(_tiles, (None, 128)), "T"),
+    "mi_gradient": Subject(_carma, _LONG, _products, "T"),
+    "similarity_tiles": Subject(
+        _similarity,
+        (*_GROUPS[2:], _LONG[0]),
+        lambda: _grid([{"BLOCK_T": t, "BLOCK_D": d} for t in (32, 64, 128) for d in (32, 64, 128)], (4, 8)),
+        "T",
+        ("similarity_forward", "similarity_projection"),
+    ),
+    "similarity_backward": Subject(
+        _similarity,
+        (*_GROUPS[2:], _LONG[0]),
+        lambda: _grid(
+            [{"BLOCK_T": t, "BLOCK_J": j, "BLOCK_D": 128} for t in (32, 64, 128) for j in (32, 64)], (4, 8), (2, 3)
+        ),
+        "T",
+    ),
+    "pairs_forward": Subject(
+        _listed, _WIDE, lambda: _grid([{"BLOCK_D": d} for d in (128, 256, 512, 1024)], (1, 2, 4)), "D"
+    ),
+    "pairs_backward": Subject(
+        _listed, _WIDE, lambda: _grid([{"BLOCK_D": d} for d in (512, 1024, 2048, 4096)], (1, 2, 4, 8)), "D"
+    ),
+}
+"""By their names in the launch table; `similarity_norms` is too short to matter."""
+
+TINY = Workload("tiny", 2, 1, 12, 16, "dense")
+
+
+class Launch(NamedTuple):
+    """A kernel's launch, to be repeated."""
+
+    kernel: Any
+    args: tuple[Any, ...]
+    grid: Any
+    constants: dict[str, Any]
+
+    def __call__(self) -> Any:
+        return self.kernel.run(*self.args, grid=self.grid, warmup=False, **self.constants)
+
+
+@contextmanager
+def _recorded(names: Sequence[str]) -> Iterator[list[Launch]]:
+    """The launches of these kernels within."""
+    from carma_kernels.kernels import tiles
+
+    launches = []
+    jit = type(tiles.dot)  # Triton's function, or its interpreter's
+    original = jit.run
+
+    def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **constants: Any) -> Any:
+        if kernel.__name__.strip("_").removesuffix("_kernel") in names:
+            launches.append(Launch(kernel, args, grid, constants))
+        return original(kernel, *args, grid=grid, warmup=warmup, **constants)
+
+    with patch.object(jit, "run", run):
+        yield launches
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A candidate's time."""
+
+    configuration: Configuration
+    microseconds: tuple[float, float, float]  # 20th percentile, median, 80th
+    shared_memory: int
+
+    def beats(self, other: Measured) -> bool:
+        """Beyond the spread of both."""
+        return self.microseconds[2] < other.microseconds[0]
+
+
+Timer = Callable[[Callable[[], object]], tuple[float, float, float]]
+
+
+def on_gpu(repeated: Callable[[], object]) -> tuple[float, float, float]:
+    """Microseconds with a cold L2 cache."""
+    from triton.testing import do_bench
+
+    fast, middle, slow = do_bench(repeated, quantiles=[0.2, 0.5, 0.8])
+    return fast * 1e3, middle * 1e3, slow * 1e3
+
+
+def in_rehearsal(repeated: Callable[[], object]) -> tuple[float, float, float]:
+    """Of the interpreter, which says nothing of a GPU."""
+    start = time.perf_counter()
+    repeated()
+    return ((time.perf_counter() - start) * 1e6,) * 3
+
+
+class Tuner:
+    """Measures the candidates of one kernel on one workload."""
+
+    def __init__(self, name: str, workload: Workload, dtype: torch.dtype, device: str) -> None:
+        """Take a name in the launch table."""
+        self._name, self._dtype, self._subject = name, dtype, SUBJECTS[name]
+        self._case = workload.build(dtype=dtype, device=device)
+        self._spans = _spans(self._case)
+        self._wanted = self._results()
+
+    def measure(self, configuration: Configuration | None, timer: Timer) -> Measured | str:
+        """A candidate's time, or why it has none; None for the table's own choice."""
+        chosen: list[Configuration] = []
+        choose = launch.choose
+
+        def forced(kernel: str, target: launch.Target, size: int, element_bytes: int) -> Configuration | None:
+            found = choose(kernel, target, size, element_bytes)
+            if kernel == self._name:
+                found = configuration or found
+                chosen.extend([found] if found is not None else [])
+            return found
+
+        try:
+            with patch.object(launch, "choose", forced), _recorded(self._subject.kernels or (self._name,)) as launches:
+                results = self._results()
+            for wanted, found in zip(self._wanted, results, strict=True):
+                error = (wanted.float() - found.float()).abs().max() / wanted.float().abs().max()
+                if not error <= AGREE[self._dtype]:  # also if it is no number
+                    return f"is wrong: off by {error:.1e} of the largest number"
+            shared = max(
+                (getattr(getattr(launched(), "metadata", None), "shared", 0) for launched in launches), default=0
+            )
+            times = timer(lambda: [launched() for launched in launches])
+        except Exception as error:  # a candidate that does not compile or fit is a finding
+            return f"fails: {type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        return Measured(chosen[-1], times, shared)
+
+    def _results(self) -> list[Tensor]:
+        loss = self._subject.loss(self._case.hidden_states, self._spans)
+        return [loss.detach(), *torch.autograd.grad(loss, self._case.hidden_states)]
+
+
+def _spans(case: Case) -> ck.TokenSpans:
+    B, T = case.attention_mask.shape
+    spans = ck.TokenSpans.from_lists(case.spans, seq_len=T, attention_mask=case.attention_mask.cpu())
+    assert spans.shape == (B, T)
+    return spans.to(case.hidden_states[0].device)
+
+
+def entry(measured: Measured, size: int, element_bytes: int) -> str:
+    """A row of the launch table."""
+    configuration = replace(
+        measured.configuration, max_size=size, min_bytes=element_bytes, max_bytes=element_bytes, shared_memory=0
+    )
+    arguments = [repr(dict(configuration.constants))]
+    for name in ("num_warps", "num_stages", "max_size", "min_bytes", "max_bytes", "max_registers"):
+        value = getattr(configuration, name)
+        if value is not None:
+            arguments.append(f"{name}={value}")
+    return f"Configuration({', '.join(arguments)}, shared_memory={measured.shared_memory}),"
+
+
+def tune(names: Sequence[str], dtypes: Sequence[torch.dtype], rehearse: bool, write: Callable[[str], object]) -> None:
+    """Measure, and write a line for each candidate, then the rows."""
+    timer, device = (in_rehearsal, "cpu") if rehearse else (on_gpu, "cuda")
+    rows: dict[str, list[str]] = {}
+    for name, dtype in itertools.product(names, dtypes):
+        subject = SUBJECTS[name]
+        for workload in (TINY,) if rehearse else subject.workloads:
+            tuner = Tuner(name, workload, dtype, device)
+            size = getattr(workload, subject.size)
+            write(f"{name}, {workload}, {str(dtype).removeprefix('torch.')}: us, 20th percentile and 80th")
+            shipped = tuner.measure(None, timer)
+            write(f"  {_line(shipped)}  <- the table's")
+            if isinstance(shipped, str):
+                continue
+            best = shipped
+            fitting = (candidate for candidate in subject.candidates() if candidate.max_size >= size)
+            for candidate in itertools.islice(fitting, 2 if rehearse else None):
+                measured = tuner.measure(candidate, timer)
+                write(f"  {_line(measured, candidate)}")
+                if isinstance(measured, Measured) and measured.microseconds[1] < best.microseconds[1]:
+                    best = measured
+            if best.beats(shipped):
+                rows.setdefault(name, []).append(entry(best, size, dtype.itemsize))
+    write("\nRows for carma_kernels/kernels/launch.py" + " (rehearsed: NOT measured on a GPU)" * rehearse + ":")
+    for name, lines in rows.items():
+        write(f'"{name}": [\n    ' + "\n    ".join(lines))
+    if not rows:
+        write("none: nothing beats the table by more than the spread")
+
+
+def _line(measured: Measured | str, configuration: Configuration | None = None) -> str:
+    if isinstance(measured, Measured):
+        configuration = measured.configuration
+    options = (
+        "" if configuration is None else ", ".join(f"{name}={value}" for name, value in configuration.options.items())
+    )
+    if isinstance(measured, str):
+        return f"{options} {measured}"
+    fast, middle, slow = measured.microseconds
+    return f"{middle:10.1f} ({fast:.1f} to {slow:.1f})  {options}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m bench.tune", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--only", nargs="+", choices=SUBJECTS, default=list(SUBJECTS), metavar="KERNEL")
+    parser.add_argument("--dtypes", nargs="+", choices=[str(d).removeprefix("torch.") for d in AGREE])
+    parser.add_argument(
+        "--rehearse", action="store_true", help="on a CPU, in Triton's interpreter, two candidates each"
+    )
+    asked = parser.parse_args(arguments)
+    if asked.rehearse:
+        if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+            parser.error(
+                "--rehearse needs Triton's interpreter, but Triton is imported already: set TRITON_INTERPRET=1."
+            )
+        os.environ["TRITON_INTERPRET"] = "1"
+    elif not torch.cuda.is_available():
+        parser.error("there is no GPU to measure on (torch.cuda.is_available() is False). --rehearse runs without one.")
+    elif os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("Triton's interpreter is on, whose times say nothing: unset TRITON_INTERPRET.")
+    dtypes = [getattr(torch, name) for name in asked.dtypes or ("bfloat16", "float32")]
+
+    def write(line: str) -> None:
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+
+    if not asked.rehearse:
+        properties = torch.cuda.get_device_properties(0)
+        write(f"{properties.name}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
+    tune(asked.only, dtypes, asked.rehearse, write)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
