@@ -20,15 +20,18 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## the main job: a small GPT-2 learns word definitions with and without CARMA
 	$(BIN)/python -m carma_kernels demo
 
+# a thread a process: pytest starts one for each core, and threads that wait for each other take a core's time
+ONE_THREAD := OMP_NUM_THREADS=1
+
 test: $(READY)  ## the whole test suite
-	$(BIN)/python -m pytest -n auto tests --ignore tests/kernels
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto $(ON_TRITON) -m 'not thorough'  # set before Triton is imported
+	$(ONE_THREAD) $(BIN)/python -m pytest -n auto tests --ignore tests/kernels
+	$(ONE_THREAD) TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto $(ON_TRITON) -m 'not thorough'  # set before Triton is imported
 
 # what runs on every backend; the interpreter is started for the Triton kernels' part
 ON_TRITON := tests/kernels tests/ops tests/contracts tests/metamorphic tests/distributed/test_hidden_states.py
 
 test-interpreter: $(READY)  ## the Triton kernels in the interpreter, to the last case: an hour
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto $(ON_TRITON)
+	$(ONE_THREAD) TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto $(ON_TRITON)
 
 test-gpu: $(READY)  ## everything on this machine's GPU: needs one
 	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else f"make test-gpu needs a GPU, and torch {torch.__version__} finds none that it can use: see make doctor")'

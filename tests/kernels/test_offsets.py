@@ -94,6 +94,8 @@ BOUNDED = {
     # ops.mi gives a group's weights a workspace of as many at most
     "_mi_weights_kernel": "row[:, None] * COLUMNS",
     "_mi_gradient_kernel": "row[:, None] * COLUMNS",
+    # steps are as few as layers
+    "step_weights": "step * grad_stride",
 }
 
 
