@@ -28,7 +28,7 @@ test: $(READY)  ## the whole test suite
 	$(ONE_THREAD) TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto $(ON_TRITON) -m 'not thorough'  # set before Triton is imported
 
 # what runs on every backend; the interpreter is started for the Triton kernels' part
-ON_TRITON := tests/kernels tests/ops tests/contracts tests/metamorphic tests/distributed/test_hidden_states.py
+ON_TRITON := tests/kernels tests/ops tests/contracts tests/metamorphic tests/convergence tests/distributed/test_hidden_states.py
 
 test-interpreter: $(READY)  ## the Triton kernels in the interpreter, to the last case: an hour
 	$(ONE_THREAD) TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto $(ON_TRITON)
