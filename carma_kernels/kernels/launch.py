@@ -69,22 +69,23 @@ INTERPRETER = Target("interpreter", 227 * 1024)
 _WIDEST = 16384
 
 
-def _rows(elements: int, widest: int = _WIDEST) -> list[Configuration]:
+def _rows(elements: int, widest: int = _WIDEST, **rest: Any) -> list[Configuration]:
     """A program holds whole rows, or blocks of those wider than `widest`; `elements` in all, at 4 warps."""
     return [
         Configuration(
             {"BLOCK_ROWS": max(1, elements // width), "BLOCK_D": width},
             num_warps=min(16, max(4, 4 * width // elements)),
             max_size=width if width < widest else _WIDEST,
+            **rest,
         )
         for width in (32, 128, 512, 1024, 2048, 4096, 8192, 16384)
         if width <= widest
     ]
 
 
-def _short(tokens: int, columns: int, buffers: int, **rest: Any) -> Configuration:
-    """Rows of the score matrix of up to `tokens`: 64, because those of 128 would not stay in registers."""
-    constants = {"BLOCK_M": min(tokens, 64), "BLOCK_T": tokens, "BLOCK_D": columns, "NUM_BUFFERS": buffers}
+def _short(tokens: int, columns: int, buffers: int, rows: int = 64, **rest: Any) -> Configuration:
+    """Rows of the score matrix of up to `tokens`: 64 at most, because those of 128 would not stay in registers."""
+    constants = {"BLOCK_M": min(tokens, rows), "BLOCK_T": tokens, "BLOCK_D": columns, "NUM_BUFFERS": buffers}
     return Configuration(constants, max_size=tokens, **rest)
 
 
@@ -106,8 +107,8 @@ def _rows_of_product(rows: int, depth: int, width: int, pieces: int, **rest: Any
 TABLE: dict[str, list[Configuration]] = {
     # size: D. A tile and the one before it: 80 registers a thread. Whole rows: a row's sum needs no second program
     "stability_forward": _rows(4096),
-    # size: D. Three tiles in fp32: half as many elements keep as many programs on a multiprocessor
-    "stability_backward": _rows(2048, widest=4096),
+    # size: D. Three tiles in fp32: half as many elements keep as many programs on a multiprocessor; the same bytes of fp32
+    "stability_backward": [*_rows(2048, widest=4096, max_bytes=2), *_rows(1024, widest=4096)],
     # size: tokens of a group. Up to 128: of more, two programs a multiprocessor would not hold the rows
     "short_forward": [
         _short(16, 128, 3, max_bytes=2),
@@ -129,6 +130,7 @@ TABLE: dict[str, list[Configuration]] = {
         _short(128, 32, 2, max_bytes=2, num_warps=8),
         _short(16, 32, 2),
         _short(32, 32, 2),
+        _short(64, 32, 2, rows=32, num_warps=8, shared_memory=3 * 28 * 1024),  # 64 spill on sm_100, 32 on gfx942
         _short(64, 32, 2, num_warps=8),
         _short(128, 16, 2, num_warps=8),
     ],
