@@ -107,7 +107,7 @@ def _rows_of_product(rows: int, depth: int, width: int, pieces: int, **rest: Any
 TABLE: dict[str, list[Configuration]] = {
     # size: D. A tile and the one before it: 80 registers a thread. Whole rows: a row's sum needs no second program
     "stability_forward": _rows(4096),
-    # size: D. Three tiles in fp32: half as many elements keep as many programs on a multiprocessor; the same bytes of fp32
+    # size: D. Three tiles in fp32: half as many elements keep as many programs on a multiprocessor; fp32 the same bytes
     "stability_backward": [*_rows(2048, widest=4096, max_bytes=2), *_rows(1024, widest=4096)],
     # size: tokens of a group. Up to 128: of more, two programs a multiprocessor would not hold the rows
     "short_forward": [
