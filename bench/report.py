@@ -37,7 +37,7 @@ def details(benchmarks: list[Benchmark], machine: dict[str, Any]) -> str:
         "of the floor",
         "compiled in s",
     ]
-    rates = Rates(**machine["rates"])
+    rates = Rates(**machine["rates"]) if "rates" in machine else None  # files of before 2026-11-22 have none
     parts = []
     for passes in ("forward+backward", "forward"):
         chosen = _losses(benchmarks, passes)
@@ -166,13 +166,15 @@ def _share_of_hidden(benchmark: Benchmark) -> str:
     return f"{info['peak_bytes'] / info['hidden_bytes']:.2f}x"
 
 
-def _share_of_floor(benchmark: Benchmark, rates: Rates) -> str:
+def _share_of_floor(benchmark: Benchmark, rates: Rates | None) -> str:
+    if rates is None:
+        return ""
     floor = sum(Cost(**cost).seconds(rates) for cost in benchmark["extra_info"]["floor"])
     return f"{100 * floor / benchmark['stats']['median']:.3g} %"
 
 
 def _compile_seconds(benchmark: Benchmark) -> str:
-    seconds = benchmark["extra_info"]["compile_seconds"]
+    seconds = benchmark["extra_info"].get("compile_seconds")
     return "" if seconds is None else f"{seconds:.3g}"
 
 
