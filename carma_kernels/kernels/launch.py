@@ -149,7 +149,7 @@ TABLE: dict[str, list[Configuration]] = {
         _tile(64, 64, 64, pieces=4, num_stages=2),
     ],
     "mi_gradient": [
-        _rows_of_product(64, 32, 64, pieces=4, min_bytes=4),
+        _rows_of_product(64, 16, 64, pieces=2, num_warps=8, min_bytes=4),
         _rows_of_product(128, 64, 128, pieces=4, num_warps=8, shared_memory=_TWO_OF_96_KB),
         _rows_of_product(64, 64, 128, pieces=4, shared_memory=72 * 1024),
         _rows_of_product(64, 64, 128, pieces=4, num_stages=2),
