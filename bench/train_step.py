@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,29 +35,28 @@ from carma_kernels.measure import environment, peak_memory, synchronize
 RESULTS = Path(__file__).parent / "results"
 
 
-def _llama(layers: int, width: int, heads: int, hidden: int) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=128256,
+def _decoder(
+    config: type[LlamaConfig | Qwen2Config],
+    vocab_size: int,
+    kv_heads: int,
+    layers: int,
+    width: int,
+    heads: int,
+    hidden: int,
+) -> PreTrainedConfig:
+    return config(
+        vocab_size=vocab_size,
         num_hidden_layers=layers,
         hidden_size=width,
         num_attention_heads=heads,
-        num_key_value_heads=8,
+        num_key_value_heads=kv_heads,
         intermediate_size=hidden,
         tie_word_embeddings=True,
     )
 
 
-def _qwen(layers: int, width: int, heads: int, hidden: int) -> Qwen2Config:
-    return Qwen2Config(
-        vocab_size=151936,
-        num_hidden_layers=layers,
-        hidden_size=width,
-        num_attention_heads=heads,
-        num_key_value_heads=2,
-        intermediate_size=hidden,
-        tie_word_embeddings=True,
-    )
-
+_llama = partial(_decoder, LlamaConfig, 128256, 8)
+_qwen = partial(_decoder, Qwen2Config, 151936, 2)
 
 MODELS: dict[str, Callable[[], PreTrainedConfig]] = {
     "gpt2": GPT2Config,

@@ -157,8 +157,8 @@ def register_gradient(forward: Any, backward: Any, arguments: Any, num_losses: i
     """Register the gradient of an operator, and have a gradient's gradient raise and say why.
 
     Args:
-        forward: the `torch.library.custom_op`. All that it returns but the first is kept for `backward`.
-        backward: a `torch.library.custom_op` of: the gradient that arrives for each of the first `num_losses` results
+        forward: the registered operator. All that it returns but the first is kept for `backward`.
+        backward: the registered operator of: the gradient that arrives for each of the first `num_losses` results
             of `forward`; what was kept; which of the hidden states need a gradient; whether the temperature does; and
             the arguments of `forward`. It returns the gradients of those hidden states, and `-tau` times that of the
             temperature.

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.util
 from pathlib import Path
 
 from carma_kernels.cap.pooling import POSITIONS, PROTOCOLS
-from carma_kernels.demo.arguments import UsageError, integer, make_folder, pick_device, share, stop
+from carma_kernels.demo.arguments import (
+    FAILED,
+    INTERRUPTED,
+    REFUSED,
+    UsageError,
+    add_machine_options,
+    integer,
+    make_folder,
+    missing_libraries,
+    pick_device,
+    share,
+    stop,
+)
 from carma_kernels.demo.definitions import DataError, read_definitions, shipped_file, split_definitions
 
-_LIBRARIES = ("transformers", "tokenizers", "rich", "matplotlib")
-_FAILED, _REFUSED, _INTERRUPTED = 1, 2, 130
 _DEMO_FOLDERS = {"task_only": "task-only", "carma": "with-carma"}
 
 
@@ -65,15 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--all", action="store_true", help="evaluate on every line of --data, not on a tenth of them")
     text.add_argument("--batch-size", type=integer(1), default=32, metavar="B", help="definitions in a batch")
 
-    machine = parser.add_argument_group("machine and output")
-    machine.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: a GPU when there is one")
-    machine.add_argument(
-        "--out",
-        type=Path,
-        default=Path("runs") / f"evaluate-{datetime.datetime.now():%Y%m%d-%H%M%S}",
-        metavar="FOLDER",
-        help="where the results go",
-    )
+    add_machine_options(parser, "evaluate")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -82,9 +82,8 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         The exit status: 0, 1 if it cannot run, 2 for a bad argument or file, 130 on Ctrl-C.
     """
-    missing = [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]
-    if missing:
-        return stop(_FAILED, f"evaluate needs {' and '.join(missing)}: pip install 'carma-kernels[demo]'")
+    if missing := missing_libraries("evaluate"):
+        return stop(FAILED, missing)
     try:
         folders = _checkpoints(args)
         device = pick_device(args.device)
@@ -102,9 +101,9 @@ def run(args: argparse.Namespace) -> int:
         except CheckpointError as error:
             raise UsageError(str(error)) from error
     except (DataError, UsageError) as error:
-        return stop(_REFUSED, str(error))
+        return stop(REFUSED, str(error))
     except KeyboardInterrupt:
-        return stop(_INTERRUPTED, "stopped; no results were written.")
+        return stop(INTERRUPTED, "stopped; no results were written.")
     return 0
 
 

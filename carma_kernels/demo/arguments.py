@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import datetime
+import importlib.util
 import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+FAILED, REFUSED, INTERRUPTED = 1, 2, 130
+"""Exit statuses: it cannot run, a bad argument or file, Ctrl-C."""
+
+_LIBRARIES = ("transformers", "tokenizers", "rich", "matplotlib")
 
 
 class UsageError(ValueError):
@@ -19,6 +26,26 @@ def stop(status: int, message: str) -> int:
     """Say why on standard error; the exit status comes back."""
     sys.stderr.write(message + "\n")
     return status
+
+
+def missing_libraries(command: str) -> str | None:
+    """What to tell somebody who lacks a library that the command needs; None if all are there."""
+    missing = [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]
+    return f"{command} needs {' and '.join(missing)}: pip install 'carma-kernels[demo]'" if missing else None
+
+
+def add_machine_options(parser: argparse.ArgumentParser, command: str) -> argparse._ArgumentGroup:
+    """--device and --out, which is runs/<command>-<time> if left out; the group, for more."""
+    machine = parser.add_argument_group("machine and output")
+    machine.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: a GPU when there is one")
+    machine.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs") / f"{command}-{datetime.datetime.now():%Y%m%d-%H%M%S}",
+        metavar="FOLDER",
+        help="where the results go",
+    )
+    return machine
 
 
 def pick_device(name: str) -> torch.device:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.util
 from pathlib import Path
 
 import torch
 
 from carma_kernels import CarmaConfig, choose_backend
 from carma_kernels.demo.arguments import (
+    FAILED,
+    INTERRUPTED,
+    REFUSED,
     UsageError,
+    add_machine_options,
     integer,
     make_folder,
+    missing_libraries,
     non_negative,
     pick_device,
     positive,
@@ -22,9 +25,7 @@ from carma_kernels.demo.arguments import (
 )
 from carma_kernels.demo.definitions import DataError, read_definitions, shipped_file, split_definitions
 
-_LIBRARIES = ("transformers", "tokenizers", "rich", "matplotlib")
 _SMALLEST_VOCABULARY = 257  # every byte, and padding
-_FAILED, _REFUSED, _INTERRUPTED = 1, 2, 130
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,8 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     loss.add_argument("--num-negatives", type=integer(1), default=5, metavar="K", help="for --negatives sampled")
 
-    machine = parser.add_argument_group("machine and output")
-    machine.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: a GPU when there is one")
+    machine = add_machine_options(parser, "demo")
     machine.add_argument(
         "--threads",
         type=integer(1),
@@ -101,13 +101,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     machine.add_argument(
         "--backend", choices=("auto", "torch", "triton"), default="auto", help="what computes the CARMA losses"
     )
-    machine.add_argument(
-        "--out",
-        type=Path,
-        default=Path("runs") / f"demo-{datetime.datetime.now():%Y%m%d-%H%M%S}",
-        metavar="FOLDER",
-        help="where the results go",
-    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -116,9 +109,8 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         The exit status: 0, 1 if it cannot run or the training diverges, 2 for a bad argument or file, 130 on Ctrl-C.
     """
-    missing = [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]
-    if missing:
-        return stop(_FAILED, f"the demo needs {' and '.join(missing)}: pip install 'carma-kernels[demo]'")
+    if missing := missing_libraries("the demo"):
+        return stop(FAILED, missing)
     try:
         if args.width % args.heads:
             raise UsageError(f"--width {args.width} cannot be shared by --heads {args.heads}; take a multiple of it.")
@@ -134,11 +126,11 @@ def run(args: argparse.Namespace) -> int:
 
         run_experiment(args, split, device, backend)
     except (DataError, UsageError) as error:
-        return stop(_REFUSED, str(error))
+        return stop(REFUSED, str(error))
     except FloatingPointError as error:
-        return stop(_FAILED, str(error))
+        return stop(FAILED, str(error))
     except KeyboardInterrupt:
-        return stop(_INTERRUPTED, "stopped; no results were written.")
+        return stop(INTERRUPTED, "stopped; no results were written.")
     return 0
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from carma_kernels._operators import (
     CARMA_SCHEMA,
@@ -97,7 +97,7 @@ class _Saved(NamedTuple):
         return AnchorState(self.log_negatives[at], self.pull[at])
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "carma_kernels::torch_carma_terms",
     mutates_args=(),
     schema=f"({CARMA_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -154,7 +154,7 @@ def _empty_results(problem: _Problem) -> tuple[Tensor, Tensor, _Saved]:
     )
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "carma_kernels::torch_carma_terms_backward",
     mutates_args=(),
     schema=(

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from carma_kernels._operators import (
     SIMILARITY_SCHEMA,
@@ -62,7 +62,7 @@ class _Problem(SimilarityArguments):
         return inverse(temperature, compute_dtype(self.hidden[0].dtype))
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "carma_kernels::torch_pairwise_similarity", mutates_args=(), schema=f"({SIMILARITY_SCHEMA}) -> Tensor"
 )
 def _forward(*arguments: Any) -> Tensor:
@@ -87,7 +87,7 @@ def _empty_matrix(problem: _Problem) -> Tensor:
     return problem.hidden[0].new_empty((len(range(*problem.range)), B, T, T), dtype=problem.out_dtype)
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "carma_kernels::torch_pairwise_similarity_backward",
     mutates_args=(),
     schema=(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from carma_kernels._operators import (
     CARMA_SCHEMA,
@@ -169,7 +169,7 @@ class _Saved(NamedTuple):
         return self.z, self.work
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "carma_kernels::triton_carma_terms",
     mutates_args=(),
     schema=f"({CARMA_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -224,7 +224,7 @@ def _empty_results(problem: _Problem, term: ShortMI | _LongMI | None) -> tuple[T
     return sums, losses, _Saved(*saved)
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "carma_kernels::triton_carma_terms_backward",
     mutates_args=(),
     schema=(

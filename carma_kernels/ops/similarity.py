@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from carma_kernels._operators import (
     SIMILARITY_SCHEMA,
@@ -71,7 +71,7 @@ class _Problem(SimilarityArguments):
         return layer_views(self.hidden)[slice(*self.range)]
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "carma_kernels::triton_pairwise_similarity", mutates_args=(), schema=f"({SIMILARITY_SCHEMA}) -> (Tensor, Tensor)"
 )
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -103,7 +103,7 @@ def _empty_results(problem: _Problem) -> tuple[Tensor, Tensor]:
     )
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "carma_kernels::triton_pairwise_similarity_backward",
     mutates_args=(),
     schema=(

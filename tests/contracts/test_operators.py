@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -37,6 +36,6 @@ def test_opcheck(backend: Backend, op: Op, stacked: bool) -> None:
     (forward, its_inputs), (backward, upstream_and_inputs) = recorder.calls.items()
     leaves = tree_map_only(Tensor, lambda x: x.detach().clone().requires_grad_(x.requires_grad), its_inputs)
     assert any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(leaves))
-    torch.library.opcheck(forward, leaves)
+    library.opcheck(forward, leaves)
     # without requires_grad: the gradient of a gradient raises
-    torch.library.opcheck(backward, tree_map_only(Tensor, lambda x: x.detach().clone(), upstream_and_inputs))
+    library.opcheck(backward, tree_map_only(Tensor, lambda x: x.detach().clone(), upstream_and_inputs))
