@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from bench import report
@@ -78,3 +80,18 @@ def test_update_refuses_a_page_without_one_pair_of_markers(tmp_path, text):
     with pytest.raises(ValueError, match="must have one"):
         report.update(page, "new")
     assert page.read_text() == text
+
+
+def test_a_page_gets_the_tables_and_the_pictures(tmp_path, monkeypatch):
+    page, result = tmp_path / "page.md", tmp_path / "result.json"
+    page.write_text(f"{report.BEGIN}{report.END}")
+    runs = [measured(BASELINE, 5.0), measured("torch: carma_loss", 0.010)]
+    runs += [measured("torch: carma_loss", seconds, name="growth") for seconds in (0.010, 0.020)]
+    runs[-1]["extra_info"]["workload"] |= {"L": 8, "B": 4, "T": 256, "D": 512}
+    result.write_text(json.dumps({"benchmarks": runs, "machine_info": MACHINE}))
+    monkeypatch.setattr("sys.argv", ["report", str(result), "--page", str(page)])
+    report.main()
+    for name in ("speed", "growth", "roofline"):
+        assert f"](pictures/{name}.png)" in page.read_text()
+        assert (tmp_path / "pictures" / f"{name}.png").stat().st_size > 5000
+    assert "500x" in page.read_text()
