@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 from pathlib import Path
@@ -10,6 +11,7 @@ from time import monotonic
 import pytest
 import torch
 import transformers
+from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
 from tests.integration.trainer.test_scaling import windows
@@ -32,19 +34,25 @@ def work(rank: int, folder: str, port: int) -> None:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     for steps, average in SETTINGS:
-        seen = Gradients()
-        one = trainer(
-            Path(folder),
-            COUNT,
-            callbacks=[seen],
-            gradient_accumulation_steps=steps,
-            average_tokens_across_devices=average,
-            ddp_backend="gloo",
-        )
-        assert one.args.world_size == RANKS
-        one.train()
-        torch.save((seen.steps, one.state.log_history), Path(folder, f"{steps}-{average}-{rank}.pt"))
+        torch.save(_train(Path(folder), steps, average), Path(folder, f"{steps}-{average}-{rank}.pt"))
+    gc.collect()  # a DDP model that outlives the group ends it while it holds the GIL, for which gloo's thread may wait
     torch.distributed.destroy_process_group()
+
+
+def _train(folder: Path, steps: int, average: bool) -> tuple[list[dict[str, Tensor]], list[dict[str, float]]]:
+    """The gradient of each optimizer step, and what was logged."""
+    seen = Gradients()
+    one = trainer(
+        folder,
+        COUNT,
+        callbacks=[seen],
+        gradient_accumulation_steps=steps,
+        average_tokens_across_devices=average,
+        ddp_backend="gloo",
+    )
+    assert one.args.world_size == RANKS
+    one.train()
+    return seen.steps, one.state.log_history
 
 
 @pytest.fixture(scope="module")
