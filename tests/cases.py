@@ -243,7 +243,7 @@ _MI = [
         Case(drawing=drawing, negatives=negatives, D=D)
         for drawing in ("dense", "sparse")
         for negatives in ("sequence", "batch")
-        for D in (6, 64)  # anchors in several pieces, and in one
+        for D in (6, 24, 64)  # anchors in several pieces, in one, and in one with those of other layers
     ),
     Case(drawing="dense", metric="dot", temperature=2.0, stacked=False),
     Case(drawing="long", L=1),
@@ -254,11 +254,14 @@ _MI = [
         for drawing in ("wordless", "one token", "nothing valid")
         for negatives in ("sequence", "batch", "listed")
     ),
-    # widths: a single number (whose cosine has no gradient), one above a power of two, enough for all anchors at once
+    # widths: a single number (whose cosine has no gradient), one above a power of two, and wide enough for all anchors
+    # at once, and for those of several layers
     Case(D=1, metric="dot"),
+    Case(D=16),
     Case(D=33),
-    Case(D=64, pad="left", L=3),
+    Case(D=64, pad="left", L=5, layers=(1, 3)),
     Case(D=64, negatives="batch", match_negatives=5),
+    Case(D=72, negatives="batch", stacked=False),
     # vectors of no length, to which both metrics and every kind of negatives come
     *(Case(zero_vectors=True, negatives=negatives) for negatives in ("sequence", "batch", "listed")),
     Case(zero_vectors=True, metric="dot", temperature=2.0),

@@ -25,9 +25,11 @@ from carma_kernels.eager.layers import (
     LayerRows,
     compute_dtype,
     inverse,
+    layers_at_once,
     norms,
     own_precision,
     receiving_layers,
+    runs,
 )
 from carma_kernels.eager.mi import AnchorState, ContrastiveMI
 from carma_kernels.eager.pairs import ListedMI
@@ -92,9 +94,9 @@ class _Saved(NamedTuple):
     pull: Tensor  # [L, S, A]
     scale: Tensor  # [L-1] of the stability term
 
-    def anchors(self, at: int) -> AnchorState:
-        """Of one layer."""
-        return AnchorState(self.log_negatives[at], self.pull[at])
+    def anchors(self, some: slice) -> AnchorState:
+        """Of some of the MI layers."""
+        return AnchorState(self.log_negatives[some], self.pull[some])
 
 
 @library.custom_op(
@@ -109,20 +111,24 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     valid = problem.valid_rows
     arithmetic = problem.mi_arithmetic()
     with own_precision(sums.device):
-        rows = LayerRows(problem.layers)
+        rows, at_once = _rows(problem, arithmetic)
         scale = problem.inverse_temperature
         energies: list[Tensor] = []
         changes: list[Tensor] = []
-        for layer in sorted({*mi_layers, *stability_layers}):
-            norm = norms(rows[layer])  # [N]
-            if layer in stability_layers:
-                energies.append(sum_of_squares(norm, valid))
-            if layer > stability_layers.start and layer in stability_layers:
-                changes.append(sum_of_squares(norms(rows.step(layer - 1)), valid))
-            if arithmetic is not None and layer in mi_layers:
-                at = layer - mi_layers.start
-                saved.norm[at] = norm
-                sums[at] = arithmetic.forward(rows[layer], norm, scale, at, saved.anchors(at))
+        for run in runs(sorted({*mi_layers, *stability_layers}), at_once):
+            norm = torch.stack([norms(rows[layer]) for layer in run])  # [l, N]
+            for layer, of_layer in zip(run, norm, strict=True):
+                if layer in stability_layers:
+                    energies.append(sum_of_squares(of_layer, valid))
+                if layer > stability_layers.start and layer in stability_layers:
+                    changes.append(sum_of_squares(norms(rows.step(layer - 1)), valid))
+            with_mi = _common(run, mi_layers)
+            if arithmetic is not None and with_mi:
+                some = _slice(with_mi, mi_layers)
+                saved.norm[some] = norm[_slice(with_mi, run)]
+                sums[some] = arithmetic.forward(
+                    [rows[layer] for layer in with_mi], saved.norm[some], scale, some.start, saved.anchors(some)
+                )
         if changes:
             B, T, D = problem.layers[0].shape
             stability(energies, changes, valid, B * T * D, D, problem.eps, out=(losses, saved.scale))
@@ -184,29 +190,34 @@ def _backward(
     dtype = compute_dtype(layers[0].dtype)
     work = layers[0].new_zeros((), dtype=dtype)  # sum of W s over layers
     with own_precision(work.device):
-        rows = LayerRows(layers)
+        rows, at_once = _rows(problem, arithmetic)
         scale = problem.inverse_temperature
         weights = stencil_weights(losses, saved.scale, grad_losses) if grad_losses is not None else []
-        before: Tensor | None = None
-        for layer in range(len(layers)):
-            after: Tensor | None = None
-            step = {layer, layer + 1}
-            if step <= set(stability_layers) and step & receiver.keys():
-                after = rows.step(layer)
-            if layer in receiver or (layer in mi_layers and needs_work):
-                out = _row_buffer(receiver.get(layer), layers[layer], dtype)  # [N, D]
-                if layer in stability_layers:
-                    stencil(rows[layer], before, after, weights[layer - stability_layers.start], valid, out)
+        needed = [layer for layer in range(len(layers)) if layer in receiver or (layer in mi_layers and needs_work)]
+        for run in runs(needed, at_once):
+            out = [_row_buffer(receiver.get(layer), layers[layer], dtype) for layer in run]  # l times [N, D]
+            for layer, of_layer in zip(run, out, strict=True):
+                if layer in stability_layers and layer in receiver:
+                    before = rows.step(layer - 1) if layer > stability_layers.start else None
+                    after = rows.step(layer) if layer + 1 < stability_layers.stop else None
+                    stencil(rows[layer], before, after, weights[layer - stability_layers.start], valid, of_layer)
                 else:
-                    out.zero_()
-                if arithmetic is not None and grad_sums is not None and layer in mi_layers:
-                    at = layer - mi_layers.start
-                    work += arithmetic.backward(
-                        rows[layer], saved.norm[at], scale, at, saved.anchors(at), grad_sums[at], out
-                    )
+                    of_layer.zero_()
+            with_mi = _common(run, mi_layers)
+            if arithmetic is not None and grad_sums is not None and with_mi:
+                some = _slice(with_mi, mi_layers)
+                work += arithmetic.backward(
+                    [rows[layer] for layer in with_mi],
+                    saved.norm[some],
+                    scale,
+                    some.start,
+                    saved.anchors(some),
+                    grad_sums[some],
+                    out[_slice(with_mi, run)],
+                )
+            for layer, of_layer in zip(run, out, strict=True):
                 if layer in receiver and receiver[layer].dtype != dtype:
-                    receiver[layer].view(out.shape).copy_(out)
-            before = after
+                    receiver[layer].view(of_layer.shape).copy_(of_layer)
     return gradients, work
 
 
@@ -219,6 +230,23 @@ def _(*upstream_and_arguments: Any) -> tuple[list[Tensor], Tensor]:
 
 
 register_gradient(_forward, _backward, CarmaArguments, num_losses=2, function="the CARMA losses")
+
+
+def _rows(problem: _Problem, arithmetic: ContrastiveMI | ListedMI | None) -> tuple[LayerRows, int]:
+    """The layers to read, and how many to take together."""
+    first = problem.layers[0]
+    at_once = layers_at_once(first, arithmetic.layers_at_once(first.numel()) if arithmetic is not None else 1)
+    return LayerRows(problem.layers, at_once), at_once
+
+
+def _common(some: range, others: range) -> range:
+    """Layers in both."""
+    return range(max(some.start, others.start), min(some.stop, others.stop))
+
+
+def _slice(some: range, others: range) -> slice:
+    """Where among the others some of them are."""
+    return slice(some.start - others.start, some.stop - others.start)
 
 
 def _row_buffer(gradient: Tensor | None, layer: Tensor, dtype: torch.dtype) -> Tensor:

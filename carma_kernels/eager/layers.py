@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -40,30 +40,58 @@ def receiving_layers(
 class LayerRows:
     """The layers of stacked or listed hidden states as rows `[B*T, D]` in the compute dtype.
 
-    A contiguous fp32 layer is a view. Any other is copied when it is read; the last two read are kept, so a walk over
-    the layers that looks one ahead copies each once.
+    A contiguous fp32 layer is a view. Any other is copied when it is read; the last few read are kept, so that a walk
+    over the layers that looks one ahead copies each once.
     """
 
-    def __init__(self, hidden: Sequence[Tensor] | Tensor) -> None:
-        """Take `[L, B, T, D]` or L times `[B, T, D]`; nothing is read yet."""
+    def __init__(self, hidden: Sequence[Tensor] | Tensor, at_once: int) -> None:
+        """Take `[L, B, T, D]` or L times `[B, T, D]`, of which so many are used together; nothing is read yet."""
         self._hidden = hidden
+        self._at_once = at_once
         self._recent: dict[int, Tensor] = {}
         self._differences: list[Tensor] = []
+        self._differing: list[int | None] = [None, None]
 
     def __getitem__(self, layer: int) -> Tensor:
         """The rows of one layer."""
         if layer not in self._recent:
             hidden = self._hidden[layer]  # [B, T, D]
-            while len(self._recent) > 1:
+            while len(self._recent) > self._at_once:
                 self._recent.pop(min(self._recent))
             self._recent[layer] = hidden.to(compute_dtype(hidden.dtype)).flatten(0, 1)
         return self._recent[layer]
 
     def step(self, layer: int) -> Tensor:
         """`h_{l+1} - h_l` `[N, D]`; good until the step after the next is asked for."""
-        rows, next_rows = self[layer], self[layer + 1]
-        self._differences = self._differences or [torch.empty_like(rows), torch.empty_like(rows)]
-        return torch.sub(next_rows, rows, out=self._differences[layer % 2])
+        turn = layer % 2
+        if self._differing[turn] != layer:
+            rows, next_rows = self[layer], self[layer + 1]
+            self._differences = self._differences or [torch.empty_like(rows), torch.empty_like(rows)]
+            torch.sub(next_rows, rows, out=self._differences[turn])
+            self._differing[turn] = layer
+        return self._differences[turn]
+
+
+_AT_ONCE = 1 << 19
+"""Numbers in layers that are worked on together: a few MB, beyond which starting operations costs little."""
+
+
+def layers_at_once(layer: Tensor, at_most: int) -> int:
+    """How many layers like this one `[B, T, D]` to work on together; fewer where each must be held in fp32 as well."""
+    numbers = _AT_ONCE if layer.dtype == compute_dtype(layer.dtype) else _AT_ONCE // 4
+    return max(1, min(at_most, numbers // max(1, layer.numel())))
+
+
+def runs(layers: Iterable[int], at_once: int) -> Iterator[range]:
+    """Ascending layers in runs of neighbours."""
+    run = range(0)
+    for layer in layers:
+        if run and (layer != run.stop or len(run) == at_once):
+            yield run
+            run = range(0)
+        run = range(run.start if run else layer, layer + 1)
+    if run:
+        yield run
 
 
 def norms(rows: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The MI loss of one layer for explicit pairs with their own negatives, and its gradient.
+"""The MI loss for explicit pairs with their own negatives, and its gradient.
 
 The formulas are those of `mi.py`, with the pair's `K` listed tokens as its negatives: slot 0 of a pair is the positive,
 slots 1 .. K its negatives. Rows are gathered for some pairs at a time, at most as many numbers as the layer has.
@@ -7,7 +7,7 @@ slots 1 .. K its negatives. Rows are gathered for some pairs at a time, at most 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,7 +30,7 @@ class _Gathered(NamedTuple):
 
 
 class ListedMI:
-    """The MI term of one layer after the other, for a list of pairs."""
+    """The MI term of some layers after others, for a list of pairs."""
 
     def __init__(self, anchor: Tensor, positive: Tensor, negatives: Tensor, cosine: bool) -> None:
         """Take the tensors of a `PairIndex`."""
@@ -39,55 +39,65 @@ class ListedMI:
         self._negatives = negatives
         self._cosine = cosine
 
+    def layers_at_once(self, _size: int) -> int:
+        """One: the rows gathered for it are as many as it has."""
+        return 1
+
     def forward(
-        self, rows: Tensor, norm: Tensor, inverse_temperature: Tensor | float, place: int, _state: AnchorState
+        self, rows: Sequence[Tensor], norm: Tensor, inverse_temperature: Tensor | float, first: int, _state: AnchorState
     ) -> Tensor:
-        """Sum of the pairs' losses over one layer.
+        """Sums `[l]` of the pairs' losses over each of some layers.
 
         Args:
-            rows: `[N, D]`, the layer.
-            norm: `[N]`.
+            rows: l times `[N, D]`, the layers.
+            norm: `[l, N]`.
             inverse_temperature: a number, or 0-d.
-            place: the layer's place in the MI term, which picks its negatives from `[L, P, K]`.
+            first: the first layer's place in the MI term, which picks its negatives from `[L, P, K]`.
         """
-        loss = rows.new_zeros(())
-        for gathered in self._gather(rows, norm, place):
-            gap = self._gap(self._scores(gathered, inverse_temperature), gathered.is_token)[0]
-            loss += torch.logaddexp(gap, gap.new_zeros(())).sum()
+        loss = norm.new_zeros(len(rows))
+        for at, of_layer in enumerate(rows):
+            for gathered in self._gather(of_layer, norm[at], first + at):
+                gap = self._gap(self._scores(gathered, inverse_temperature), gathered.is_token)[0]
+                loss[at] += torch.logaddexp(gap, gap.new_zeros(())).sum()
         return loss
 
     def backward(
         self,
-        rows: Tensor,
+        rows: Sequence[Tensor],
         norm: Tensor,
         inverse_temperature: Tensor | float,
-        place: int,
+        first: int,
         _state: AnchorState,
         grad: Tensor,
-        out: Tensor,
+        out: Sequence[Tensor],
     ) -> Tensor:
-        """Add one layer's gradient to `out` `[N, D]`; return `sum W s`, from which the temperature's follows."""
-        total = rows.new_zeros(())
-        for gathered in self._gather(rows, norm, place):
-            score = self._scores(gathered, inverse_temperature)  # [p, 1+K]
-            gap, share = self._gap(score, gathered.is_token)
-            pull = gap.sigmoid()[:, None] * grad  # [p, 1]
-            weight = torch.cat([-pull, share * pull], dim=1)  # [p, 1+K]
-            work = weight * score
-            total += work.sum()
-            weight *= inverse_temperature
-            if self._cosine:
-                weight *= gathered.anchor_scale * gathered.other_scale
-            anchor_grad = torch.bmm(weight[:, None], gathered.other)[:, 0]  # [p, D]
-            other_grad = weight[:, :, None] * gathered.anchor[:, None]  # [p, 1+K, D]
-            if self._cosine:
-                anchor_grad.addcmul_(
-                    gathered.anchor, work.sum(1, keepdim=True) * gathered.anchor_scale.square(), value=-1
-                )
-                other_grad.addcmul_(gathered.other, (work * gathered.other_scale.square())[:, :, None], value=-1)
-            add_rows(out, gathered.anchor_token, anchor_grad)
-            add_rows(out, gathered.other_token, other_grad.view(-1, rows.shape[-1]))
+        """Add the layers' gradients to `out`, l times `[N, D]`; return `sum W s`: the temperature's follows."""
+        total = norm.new_zeros(())
+        for at, of_layer in enumerate(rows):
+            for gathered in self._gather(of_layer, norm[at], first + at):
+                total += self._add_gradient(gathered, inverse_temperature, grad[at], out[at])
         return total
+
+    def _add_gradient(
+        self, gathered: _Gathered, inverse_temperature: Tensor | float, grad: Tensor, out: Tensor
+    ) -> Tensor:
+        """Of some pairs of a layer; their `sum W s`."""
+        score = self._scores(gathered, inverse_temperature)  # [p, 1+K]
+        gap, share = self._gap(score, gathered.is_token)
+        pull = gap.sigmoid()[:, None] * grad  # [p, 1]
+        weight = torch.cat([-pull, share * pull], dim=1)  # [p, 1+K]
+        work = weight * score
+        weight *= inverse_temperature
+        if self._cosine:
+            weight *= gathered.anchor_scale * gathered.other_scale
+        anchor_grad = torch.bmm(weight[:, None], gathered.other)[:, 0]  # [p, D]
+        other_grad = weight[:, :, None] * gathered.anchor[:, None]  # [p, 1+K, D]
+        if self._cosine:
+            anchor_grad.addcmul_(gathered.anchor, work.sum(1, keepdim=True) * gathered.anchor_scale.square(), value=-1)
+            other_grad.addcmul_(gathered.other, (work * gathered.other_scale.square())[:, :, None], value=-1)
+        add_rows(out, gathered.anchor_token, anchor_grad)
+        add_rows(out, gathered.other_token, other_grad.view(-1, out.shape[-1]))
+        return work.sum()
 
     def _gather(self, rows: Tensor, norm: Tensor, place: int) -> Iterator[_Gathered]:
         negatives = self._negatives

@@ -70,7 +70,7 @@ def _forward(*arguments: Any) -> Tensor:
     out = _empty_matrix(problem)
     B, T, D = problem.layers[0].shape
     with own_precision(out.device):
-        rows = LayerRows(problem.layers)
+        rows = LayerRows(problem.layers, at_once=1)
         scale = problem.inverse_temperature
         for place, layer in enumerate(range(*problem.range)):
             out[place].copy_(_scores(rows[layer].view(B, T, D), problem.cosine, problem.mask, scale)[0])
@@ -112,7 +112,7 @@ def _backward(
     receiver = receiving_layers(problem.hidden, gradients, needs_grad)
     work = layers[0].new_zeros((), dtype=dtype)  # sum of G s over layers
     with own_precision(grad.device):
-        rows = LayerRows(layers)
+        rows = LayerRows(layers, at_once=1)
         scale = problem.inverse_temperature
         for place, layer in enumerate(range(*problem.range)):
             if layer not in receiver and not needs_work:

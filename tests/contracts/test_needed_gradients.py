@@ -10,7 +10,7 @@ from tests.cases import BF16, FP16, FP32, FP64, Backend, Case, thinned
 from tests.compare import upstream_gradients
 from tests.contracts.ops import OPS, Op, Problem, make_problem, same_bits
 
-LISTED = Case(L=4, stacked=False)
+LISTED = Case(L=4, D=48, stacked=False)  # wide enough for the torch backend to take layers together
 
 
 def gradients(problem: Problem) -> list[Tensor | None]:
@@ -50,7 +50,7 @@ def test_a_frozen_temperature(backend: Backend, op: Op) -> None:
 @pytest.mark.parametrize("stacked", thinned([True], [False]))
 @pytest.mark.parametrize("op", [op for op in OPS if op.has_temperature], ids=str)
 def test_only_the_temperature(backend: Backend, op: Op, stacked: bool) -> None:
-    case = Case(L=4, stacked=stacked)
+    case = Case(L=4, D=48, stacked=stacked)
     expected = make_problem(op, backend, case).gradients()[-1]
     problem = make_problem(op, backend, case)
     for tensor in [problem.hidden] if isinstance(problem.hidden, Tensor) else problem.hidden:

@@ -22,6 +22,7 @@ CASES = [
         [
             Case(L=5, masked=True),
             Case(L=5, stacked=False),
+            Case(L=5, D=64, stacked=False),  # several layers at once
             Case(L=5, negatives="batch", metric="dot", temperature=2.0, match_negatives=5, num_pairs="int"),
             Case(L=5, negatives="listed", num_pairs="tensor", masked=True),
             Case(L=5, negatives="listed by layer", stacked=False),
@@ -34,6 +35,7 @@ CASES = [
     Case(L=5, dtype=FP16, masked=True),
     Case(L=5, dtype=BF16, masked=True),
     Case(L=5, dtype=BF16, stacked=False, masked=True, pad="left"),
+    Case(L=5, D=64, dtype=BF16, masked=True),
 ]
 
 

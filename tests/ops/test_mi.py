@@ -12,6 +12,7 @@ from torch import Tensor
 import carma_kernels
 import csrc_ref
 from carma_kernels import PairIndex, TokenSpans
+from carma_kernels.eager.layers import runs
 from carma_kernels.eager.mi import ContrastiveMI
 from tests.cases import MI_CASES, Backend, Batch, Case, list_pairs, make_batch, on_backends
 from tests.compare import assert_close_to_oracle, differentiate
@@ -54,13 +55,30 @@ def test_values_and_gradients(backend: Backend, case: Case) -> None:
 
 
 def test_the_cases_take_every_turn_of_the_torch_backend() -> None:
-    """Anchors in one piece and in several, hidden states as they lie and gathered, for both kinds of negatives."""
+    """Anchors in pieces, in one, in one with other layers'; hidden states as they lie and gathered."""
     turns = set()
     for case in MI_CASES:
         batch = make_batch(case)
         if case.negatives in ("sequence", "batch") and batch.spans.num_pairs:
             table = batch.spans.contrast_table(case.negatives)
             rows = torch.zeros(batch.valid.numel(), case.D)
-            tiles = list(ContrastiveMI(table, cosine=True, match_negatives=None)._tiles(rows))
-            turns.add((case.negatives, table.covers_batch, len(tiles) > 1))
-    assert turns == set(product(("sequence", "batch"), (True, False), (True, False)))
+            arithmetic = ContrastiveMI(table, cosine=True, match_negatives=None)
+            in_pieces = len(list(arithmetic._tiles(rows))) > 1
+            together = case.L > 1 and arithmetic.layers_at_once(rows.numel()) > 1
+            assert not (in_pieces and together)
+            turns.add((case.negatives, table.covers_batch, in_pieces, together))
+    pieces = [(True, False), (False, False), (False, True)]
+    assert turns == {(*which, *how) for which in product(("sequence", "batch"), (True, False)) for how in pieces}
+
+
+@pytest.mark.parametrize(
+    ("layers", "at_once", "expected"),
+    [
+        ((), 3, []),
+        ((0, 1, 2, 3, 4), 2, [range(2), range(2, 4), range(4, 5)]),
+        ((1, 2, 5, 6, 7), 9, [range(1, 3), range(5, 8)]),
+        ((0, 2), 1, [range(1), range(2, 3)]),
+    ],
+)
+def test_runs_of_layers(layers: tuple[int, ...], at_once: int, expected: list[range]) -> None:
+    assert list(runs(layers, at_once)) == expected
