@@ -26,6 +26,7 @@ LOAD_AT_START = pytest.StashKey[float]()
 def pytest_addoption(parser):
     group = parser.getgroup("carma_kernels")
     group.addoption("--save", action="store_true", help="write bench/results/<device>/<date>.json")
+    group.addoption("--save-as", metavar="PART", help="the same for a part of the benches, to <date>-PART.json")
     group.addoption("--slow", action="store_true", help="also the workload that takes the published loops minutes")
     group.addoption("--threads", type=int, default=1, help="torch's threads on the CPU (default: %(default)s)")
     group.addoption("--device", default="cpu", help="where the hidden states lie (default: %(default)s)")
@@ -41,9 +42,15 @@ def pytest_configure(config):
     config.option.benchmark_quiet = True  # its tables know neither ratios nor memory
     # a wrong result fails before anything is timed: that is one failure, not two
     config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used")
-    if config.option.save:
+    if config.option.save or config.option.save_as:
         device = re.sub(r"[^a-z0-9]+", "-", _device_name(config.option.device).lower()).strip("-")
-        config.option.benchmark_json = RESULTS / device / f"{datetime.now(UTC).date()}.json"
+        name = "-".join(filter(None, [str(datetime.now(UTC).date()), config.option.save_as]))
+        config.option.benchmark_json = RESULTS / device / f"{name}.json"
+
+
+def pytest_report_header():
+    missing = [f"{provider.name} ({provider.package})" for provider in PROVIDERS if not provider.is_installed]
+    return f"not installed, so not measured: {', '.join(missing)}" if missing else None
 
 
 def pytest_generate_tests(metafunc):
@@ -113,7 +120,7 @@ def pytest_terminal_summary(terminalreporter, config):
     if benchmarks:
         terminalreporter.section("measured")
         terminalreporter.write_line(report.details(benchmarks, pytest_benchmark_generate_machine_info(config)))
-        if config.option.save:
+        if config.option.benchmark_json:
             terminalreporter.write_line(f"written to {config.option.benchmark_json}")
 
 

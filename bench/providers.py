@@ -5,6 +5,7 @@ Adding an implementation is adding an entry.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -38,6 +39,8 @@ class Provider:
         finishes: whether it gets through a workload in minutes, and without filling the memory.
         compiles: the first call takes seconds: it is timed apart.
         grows: one of the curves of what a cost grows with.
+        package: what it imports besides the project's own packages; it is left out where that is not installed.
+        gpu_only: it runs on a GPU alone.
     """
 
     name: str
@@ -46,11 +49,20 @@ class Provider:
     finishes: Callable[[Workload], bool] = lambda _: True
     compiles: bool = False
     grows: bool = False
+    package: str | None = None
+    gpu_only: bool = False
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether its package can be imported."""
+        return self.package is None or importlib.util.find_spec(self.package) is not None
 
     def runs(self, workload: Workload, device: torch.device) -> bool:
         """Whether it is measured on a workload on a device."""
         if self.name.startswith("triton") and device.type == "cpu":  # a rehearsal
             return workload.name == "tiny" and os.environ.get("TRITON_INTERPRET") == "1"
+        if not self.is_installed or (self.gpu_only and device.type == "cpu"):
+            return False
         if workload.name == "tiny" and self.compiles:  # nothing to see, at seconds each
             return False
         if workload.name == "growth" and not self.grows:
@@ -95,6 +107,10 @@ def _compiled(case: Case) -> Loss:
 
 def _metric_learning(case: Case) -> Loss:
     return vectorised.metric_learning_carma_loss(case)
+
+
+def _inf_cl(case: Case) -> Loss:
+    return vectorised.inf_cl_carma_loss(case)
 
 
 def _carma_loss(backend: str) -> Callable[[Case], Loss]:
@@ -143,6 +159,11 @@ def _gram_fits(workload: Workload) -> bool:
     return 4 * 4 * workload.L * workload.B * workload.T**2 <= 8e9
 
 
+def _is_one_long_sequence(workload: Workload) -> bool:
+    """It knows no sequences, and loses digits where an anchor's own word is most of what it sums."""
+    return workload.B == 1 and workload.T >= 1024
+
+
 def _every_pair_with_every_negative_fits(workload: Workload) -> bool:
     """It makes a matrix of all pairs by all anchors' negatives in each layer, and keeps some five of them."""
     spans = workload.spans()
@@ -152,16 +173,32 @@ def _every_pair_with_every_negative_fits(workload: Workload) -> bool:
 
 
 EAGER = "eager Gram, exact"
+COMPILED = "torch.compile of it"
+OURS = ("torch: carma_loss", "triton: carma_loss")
+HEADLINE = (BASELINE, EAGER, COMPILED, "integrations.upstream", *OURS)
+"""What a summary shows."""
 
 PROVIDERS = (
     Provider(BASELINE, "published", _published, _published_finishes, grows=True),
     Provider("eager Gram, sampled", "published", _sampled, lambda w: _evaluations(w) <= 500_000 and _gram_fits(w)),
     Provider(EAGER, "exact", _exact, _gram_fits, grows=True),
-    Provider("torch.compile of it", "exact", _compiled, _gram_fits, compiles=True),
-    Provider("metric-learning NT-Xent", "exact", _metric_learning, _every_pair_with_every_negative_fits),
+    Provider(COMPILED, "exact", _compiled, _gram_fits, compiles=True),
+    Provider(
+        "metric-learning NT-Xent",
+        "exact",
+        _metric_learning,
+        _every_pair_with_every_negative_fits,
+        package="pytorch_metric_learning",
+    ),
+    Provider("inf-cl", "exact", _inf_cl, _is_one_long_sequence, package="inf_cl", gpu_only=True),
     Provider("integrations.upstream", "published", _drop_in, lambda w: _evaluations(w) <= 500_000 and _gram_fits(w)),
     Provider("torch: carma_loss", "exact", _carma_loss("torch"), grows=True),
     Provider("torch: mi_loss + stability_loss", "exact", _separate_losses("torch")),
     Provider("triton: carma_loss", "exact", _carma_loss("triton"), grows=True),
     Provider("triton: mi_loss + stability_loss", "exact", _separate_losses("triton")),
 )
+
+PEERS = tuple(
+    provider.name for provider in PROVIDERS if not provider.name.startswith(("torch:", "triton:", "integrations."))
+)
+"""Those that are not this package's."""

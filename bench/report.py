@@ -11,12 +11,21 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
+
 from bench.floor import Cost, Rates
-from bench.providers import BASELINE
+from bench.providers import BASELINE, COMPILED, HEADLINE, OURS, PEERS
+from bench.workloads import GROWTH
+
+PASSES = ("forward+backward", "forward")
+SIZES = ("T", "B", "L", "D")
+"""Those of which a power can be told."""
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
@@ -26,46 +35,41 @@ Benchmark = dict[str, Any]
 
 def details(benchmarks: list[Benchmark], machine: dict[str, Any]) -> str:
     """Everything measured, with its spread: a row for each workload, implementation and pass."""
-    header = [
-        "workload",
-        "implementation",
-        "median ms",
-        "min to max (rounds)",
-        "against published",
-        "extra MB",
-        "of the hidden states",
-        "of the floor",
-        "compiled in s",
-    ]
     rates = Rates(**machine["rates"]) if "rates" in machine else None  # files of before 2026-11-22 have none
     parts = []
-    for passes in ("forward+backward", "forward"):
+    for passes in PASSES:
         chosen = _losses(benchmarks, passes)
-        baselines = _baselines(chosen)
-        rows = [
-            [
-                _workload(b),
-                b["extra_info"]["provider"],
-                _milliseconds(b["stats"]["median"]),
-                _spread(b),
-                _speedup(b, baselines),
-                _megabytes(b),
-                _share_of_hidden(b),
-                _share_of_floor(b, rates),
-                _compile_seconds(b),
-            ]
-            for b in chosen
-        ]
-        if rows:
-            parts.append(f"Both losses, {passes}:\n\n{_table(header, rows)}")
-    return "\n\n".join([*parts, *_packing(benchmarks), _provenance(machine)])
+        columns: dict[str, Callable[[Benchmark], str]] = {
+            "workload": _workload,
+            "implementation": lambda b: b["extra_info"]["provider"],
+            "median ms": lambda b: _milliseconds(b["stats"]["median"]),
+            "min to max (rounds)": _spread,
+            "as a CUDA graph": _graph_milliseconds,
+            "against published": partial(_speedup, medians=_medians(chosen, BASELINE)),
+            "against compiled": partial(_speedup, medians=_medians(chosen, COMPILED)),
+            "extra MB": _megabytes,
+            "of the hidden states": _share_of_hidden,
+            "must move MB": _must_move,
+            "of the floor": partial(_share_of_floor, rates=rates),
+            "compiled in s": _compile_seconds,
+        }
+        cells = {name: [cell(b) for b in chosen] for name, cell in columns.items()}
+        filled = {name: column for name, column in cells.items() if any(column)}
+        if chosen:
+            rows = [list(row) for row in zip(*filled.values(), strict=True)]
+            parts.append(f"Both losses, {passes}:\n\n{_table(list(filled), rows)}")
+    return "\n\n".join([*parts, *_lost(benchmarks), *_growth(benchmarks), *_packing(benchmarks), _provenance(machine)])
 
 
 def summary(benchmarks: list[Benchmark], machine: dict[str, Any]) -> str:
-    """Forward + backward in two tables, time and memory: a row for each workload, a column for each implementation."""
-    chosen = _losses(benchmarks, "forward+backward")
-    baselines = _baselines(chosen)
-    time = _pivot(chosen, lambda b: " ".join([f"{_milliseconds(b['stats']['median'])} ms", _speedup(b, baselines)]))
+    """Forward + backward in two tables, time and memory: a row for each workload, a column for each implementation.
+
+    The variants of an implementation, and the workloads on which one size grows, are left to `details`.
+    """
+    losses = [b for b in _losses(benchmarks, "forward+backward") if b["extra_info"]["workload"]["name"] != "growth"]
+    chosen = [b for b in losses if b["extra_info"]["provider"] in HEADLINE]
+    published = _medians(chosen, BASELINE)
+    time = _pivot(chosen, lambda b: " ".join([f"{_milliseconds(b['stats']['median'])} ms", _speedup(b, published)]))
     memory = _pivot(chosen, lambda b: f"{_megabytes(b)} MB {_share_of_hidden(b)}")
     return "\n\n".join(
         [
@@ -123,8 +127,75 @@ def _losses(benchmarks: list[Benchmark], passes: str) -> list[Benchmark]:
     return [b for b in chosen if b["extra_info"]["workload"]["name"] != "tiny"] or chosen
 
 
-def _baselines(benchmarks: list[Benchmark]) -> dict[str, float]:
-    return {_workload(b): b["stats"]["median"] for b in benchmarks if b["extra_info"]["provider"] == BASELINE}
+def _medians(benchmarks: list[Benchmark], provider: str) -> dict[str, float]:
+    """A provider's seconds by workload."""
+    return {_workload(b): b["stats"]["median"] for b in benchmarks if b["extra_info"]["provider"] == provider}
+
+
+def _lost(benchmarks: list[Benchmark]) -> list[str]:
+    """Where a peer is faster than this package's best on the device."""
+    rows = []
+    for passes in PASSES:
+        chosen = _losses(benchmarks, passes)
+        for workload in dict.fromkeys(map(_workload, chosen)):
+            seconds = {b["extra_info"]["provider"]: b["stats"]["median"] for b in chosen if _workload(b) == workload}
+            best = min((name for name in OURS if name in seconds), key=seconds.__getitem__, default=None)
+            if best is None:
+                continue
+            rows += [
+                [
+                    workload,
+                    passes,
+                    best,
+                    _milliseconds(seconds[best]),
+                    name,
+                    _milliseconds(peer),
+                    f"{seconds[best] / peer:.3g}x",
+                ]
+                for name, peer in seconds.items()
+                if name in PEERS and peer < seconds[best]
+            ]
+    if not rows:
+        return ["No peer was faster in any case."]
+    header = ["workload", "pass", "this package", "median ms", "faster peer", "its median ms", "as long"]
+    return [f"Cases lost: where a peer was faster.\n\n{_table(header, rows)}"]
+
+
+def _growth(benchmarks: list[Benchmark]) -> list[str]:
+    """With which power of a size time and memory grow, fitted over its larger half: 1 is linear."""
+    chosen = [b for b in benchmarks if b["extra_info"].get("workload", {}).get("name") == "growth"]
+    rows = []
+    for name in dict.fromkeys(b["extra_info"]["provider"] for b in chosen):
+        own = [b for b in chosen if b["extra_info"]["provider"] == name]
+        powers = [_powers(own, size) for size in SIZES]
+        rows.append([name, *map(", ".join, powers)])
+    if not rows:
+        return []
+    header = ["implementation", *(f"{size}: time, memory" for size in SIZES)]
+    middle = _workload_of(asdict(GROWTH[0]))
+    return [
+        "The power of a size with which time and extra memory grow, over the larger half of its values (1 is linear, "
+        f"2 quadratic); the other sizes as in {middle}:\n\n{_table(header, rows)}"
+    ]
+
+
+def _powers(own: list[Benchmark], size: str) -> list[str]:
+    """Of time and of memory; none where fewer than three points are left."""
+    middle = asdict(GROWTH[0])
+    points = sorted(
+        (w[size], b["stats"]["median"], b["extra_info"]["peak_bytes"])
+        for b in own
+        if all(
+            (w := b["extra_info"]["workload"])[other] == middle[other]
+            for other in ("L", "B", "T", "D", "words")
+            if other != size
+        )
+    )
+    points = points[len(points) // 2 - 1 :]
+    if len(points) < 3:
+        return []
+    x, *ys = np.log(np.array(points, dtype=float)).T
+    return [f"{np.polyfit(x, y, 1)[0]:.2f}" for y in ys]
 
 
 def _packing(benchmarks: list[Benchmark]) -> list[str]:
@@ -139,7 +210,10 @@ def _packing(benchmarks: list[Benchmark]) -> list[str]:
 
 
 def _workload(benchmark: Benchmark) -> str:
-    w = benchmark["extra_info"]["workload"]
+    return _workload_of(benchmark["extra_info"]["workload"])
+
+
+def _workload_of(w: dict[str, Any]) -> str:
     return f"B={w['B']}, T={w['T']}, L={w['L']}, D={w['D']}, {w['words']}"
 
 
@@ -152,9 +226,14 @@ def _spread(benchmark: Benchmark) -> str:
     return f"{_milliseconds(stats['min'])} to {_milliseconds(stats['max'])} ({stats['rounds']})"
 
 
-def _speedup(benchmark: Benchmark, baselines: dict[str, float]) -> str:
-    baseline = baselines.get(_workload(benchmark))
-    return f"{baseline / benchmark['stats']['median']:.3g}x" if baseline else ""
+def _graph_milliseconds(benchmark: Benchmark) -> str:
+    seconds = benchmark["extra_info"].get("graph_seconds")
+    return _milliseconds(median(seconds)) if seconds else ""
+
+
+def _speedup(benchmark: Benchmark, medians: dict[str, float]) -> str:
+    other = medians.get(_workload(benchmark))
+    return f"{other / benchmark['stats']['median']:.3g}x" if other else ""
 
 
 def _megabytes(benchmark: Benchmark) -> str:
@@ -164,6 +243,11 @@ def _megabytes(benchmark: Benchmark) -> str:
 def _share_of_hidden(benchmark: Benchmark) -> str:
     info = benchmark["extra_info"]
     return f"{info['peak_bytes'] / info['hidden_bytes']:.2f}x"
+
+
+def _must_move(benchmark: Benchmark) -> str:
+    floor = benchmark["extra_info"].get("floor")
+    return f"{sum(cost['bytes'] for cost in floor) / 1e6:.4g}" if floor else ""
 
 
 def _share_of_floor(benchmark: Benchmark, rates: Rates | None) -> str:

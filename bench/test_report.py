@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, replace
 
 import pytest
 
 from bench import report
-from bench.providers import BASELINE
+from bench.providers import BASELINE, COMPILED, EAGER
+from bench.workloads import GROWTH
 
 pytestmark = pytest.mark.smoke
 
@@ -40,28 +42,77 @@ def measured(provider, seconds, *, passes="forward+backward", name="paper"):
     }
 
 
-def cells(table, provider):
-    return next([c.strip() for c in line.split("|")[1:-1]] for line in table.splitlines() if provider in line)
+OURS = "torch: carma_loss"
+
+
+def table(text):
+    """Its first table as rows by implementation, each a dictionary by column."""
+    lines = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    return {line[1]: dict(zip(lines[0], line, strict=False)) for line in lines[2:]}
 
 
 def test_ratio_spread_and_memory():
-    results = [measured(BASELINE, 5.0), measured("ours", 0.010), measured("ours", 1.0, name="tiny")]
+    results = [measured(BASELINE, 5.0), measured(OURS, 0.010), measured(OURS, 1.0, name="tiny")]
     text = report.details(results, MACHINE)
-    assert cells(text, "ours")[2:] == ["10", "9 to 20 (7)", "500x", "3", "1.50x", "30 %", ""]
-    assert cells(text, BASELINE)[2:5] == ["5000", "4500 to 10000 (7)", "1x"]
-    assert text.count("| ours") == 1  # the tiny workload is not a result
+    assert table(text)[OURS] == {
+        "workload": "B=16, T=58, L=12, D=768, dense",
+        "implementation": OURS,
+        "median ms": "10",
+        "min to max (rounds)": "9 to 20 (7)",
+        "against published": "500x",
+        "extra MB": "3",
+        "of the hidden states": "1.50x",
+        "must move MB": "10",
+        "of the floor": "30 %",
+    }
+    assert table(text)[BASELINE]["median ms"] == "5000"
+    assert table(text)[BASELINE]["against published"] == "1x"
+    assert text.count(f"| {OURS}") == 1  # the tiny workload is not a result
     assert "commit 0123456789 with changes" in text
 
 
 def test_a_ratio_needs_the_baseline_of_the_same_pass():
-    results = [measured(BASELINE, 5.0, passes="forward"), measured("ours", 0.010)]
-    assert cells(report.details(results, MACHINE), "ours")[4] == ""
+    results = [measured(BASELINE, 5.0, passes="forward"), measured(OURS, 0.010)]
+    assert "against published" not in table(report.details(results, MACHINE))[OURS]
 
 
-def test_summary_has_a_column_for_each_implementation():
-    text = report.summary([measured(BASELINE, 5.0), measured("ours", 0.010)], MACHINE)
-    header, _, row = [line for line in text.splitlines() if line.startswith("|")][:3]
-    assert [c.strip() for c in header.split("|")[2:-1]] == [BASELINE, "ours"]
+def test_a_column_for_what_only_some_have():
+    compiled, on_gpu = measured(COMPILED, 0.020), measured(OURS, 0.010)
+    compiled["extra_info"]["compile_seconds"] = 12.3
+    on_gpu["extra_info"]["graph_seconds"] = [0.001, 0.004, 0.002]
+    rows = table(report.details([compiled, on_gpu], MACHINE))
+    assert rows[OURS]["against compiled"] == "2x"
+    assert (rows[OURS]["as a CUDA graph"], rows[COMPILED]["as a CUDA graph"]) == ("2", "")
+    assert (rows[OURS]["compiled in s"], rows[COMPILED]["compiled in s"]) == ("", "12.3")
+
+
+def test_lost_cases_are_named():
+    ours = [measured(OURS, 0.010), measured("torch: mi_loss + stability_loss", 0.001)]
+    faster, slower = measured(EAGER, 0.004), measured(COMPILED, 0.020)
+    assert "No peer was faster" in report.details([*ours, slower], MACHINE)
+    lost = report.details([*ours, faster, slower], MACHINE).partition("Cases lost")[2]
+    row = next([c.strip() for c in line.split("|")[1:-1]] for line in lost.splitlines() if EAGER in line)
+    assert row[1:] == ["forward+backward", OURS, "10", EAGER, "4", "2.5x"]
+    assert COMPILED not in lost.partition("\n\n")[2]
+
+
+def test_powers_of_growth():
+    runs = []
+    for T in (64, 128, 256, 512):
+        run = measured(OURS, 1e-6 * T**2, name="growth")
+        run["extra_info"]["workload"] = asdict(replace(GROWTH[0], T=T))
+        run["extra_info"]["peak_bytes"] = 1000 * T
+        runs.append(run)
+    text = report.details(runs, MACHINE).partition("The power of a size")[2]
+    row = next([c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if OURS in line)
+    assert row == [OURS, "2.00, 1.00", "", "", ""]
+
+
+def test_summary_has_a_column_for_each_headline_implementation():
+    runs = [measured(BASELINE, 5.0), measured(OURS, 0.010), measured("torch: mi_loss + stability_loss", 0.020)]
+    text = report.summary([*runs, measured(OURS, 1.0, name="growth")], MACHINE)
+    header, _, row, *_ = [line for line in text.splitlines() if line.startswith("|")]
+    assert [c.strip() for c in header.split("|")[2:-1]] == [BASELINE, OURS]
     assert [c.strip() for c in row.split("|")[2:-1]] == ["5000 ms 1x", "10 ms 500x"]
 
 

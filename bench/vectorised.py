@@ -6,6 +6,7 @@ semantics, draw for draw. Both take one matrix product a layer and index it.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from torch import Tensor
 
 from bench.published import MI_WEIGHT, STABILITY_WEIGHT
 from bench.workloads import Case, Spans
+
+TEMPERATURE = 0.1
+"""The paper's tau."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ def exact_carma_loss(hidden_states: Sequence[Tensor], index: AnchorIndex) -> Ten
     return MI_WEIGHT * exact_mi_loss(hidden_states, index) + STABILITY_WEIGHT * stability_loss(hidden_states)
 
 
-def exact_mi_loss(hidden_states: Sequence[Tensor], index: AnchorIndex, *, temperature: float = 0.1) -> Tensor:
+def exact_mi_loss(hidden_states: Sequence[Tensor], index: AnchorIndex, *, temperature: float = TEMPERATURE) -> Tensor:
     """Mean over layers and pairs of `softplus(z_i - s_ij)`: anchors times tokens, no T x T matrix."""
     pair = (index.pair_sequence, index.pair_anchor)
     losses = []
@@ -89,11 +93,44 @@ def metric_learning_carma_loss(case: Case) -> Callable[[Sequence[Tensor]], Tenso
         anchor[sequence, a],
         first[sequence] + negative,
     )
-    nt_xent = NTXentLoss(temperature=0.1)
+    nt_xent = NTXentLoss(temperature=TEMPERATURE)
 
     def loss(hidden_states: Sequence[Tensor]) -> Tensor:
         mi = torch.stack([nt_xent(h.flatten(0, 1), indices_tuple=listed) for h in hidden_states]).mean()
         return MI_WEIGHT * mi + STABILITY_WEIGHT * stability_loss(hidden_states)
+
+    return loss
+
+
+def inf_cl_carma_loss(case: Case) -> Callable[[Sequence[Tensor]], Tensor]:
+    """`gamma * L_MI + eta * L_Stability` of a case of one sequence, its sums over negatives by `inf_cl`.
+
+    That library's kernels sum over every key of a matrix they do not hold; the tokens of the anchor's own word, which
+    are no negatives, are taken away again.
+    """
+    from inf_cl import cal_flash_loss  # for CUDA alone
+
+    index = index_anchors(case)
+    valid = case.attention_mask[0].nonzero()[:, 0]  # [V]: valid tokens come first
+    anchor = index.anchor[0]  # [A]
+    a, own = (~index.is_negative[0, :, : len(valid)]).nonzero(as_tuple=True)  # every anchor with its word's tokens
+    label = torch.zeros_like(anchor).scatter_(0, index.pair_anchor, index.pair_positive)  # [A], any of its positives
+    head_dim = math.gcd(case.hidden_states[0].shape[-1], 256)
+
+    def mi(h: Tensor) -> Tensor:
+        unit = F.normalize(h[0].float(), dim=-1, eps=1e-8)  # [T, D]
+        query, key = unit[anchor] / TEMPERATURE, unit[: len(valid)]  # [A, D], [V, D]
+        every = cal_flash_loss(query, key, label, head_dim=head_dim) + (query * key[label]).sum(-1)  # [A]
+        s = (query[a] * key[own]).sum(-1)
+        of_word = torch.zeros_like(every).index_add(0, a, (s - every[a]).exp())  # shares of the sum
+        z = every + torch.log1p(-of_word)  # [A]
+        positive = (query[index.pair_anchor] * key[index.pair_positive]).sum(-1)  # [P]
+        return F.softplus(z[index.pair_anchor] - positive).mean()
+
+    def loss(hidden_states: Sequence[Tensor]) -> Tensor:
+        return MI_WEIGHT * torch.stack([mi(h) for h in hidden_states]).mean() + STABILITY_WEIGHT * stability_loss(
+            hidden_states
+        )
 
     return loss
 
@@ -104,7 +141,7 @@ def sampled_carma_loss(hidden_states: Sequence[Tensor], spans: Spans) -> Tensor:
 
 
 def sampled_mi_loss(
-    hidden_states: Sequence[Tensor], spans: Spans, *, temperature: float = 0.1, num_negatives: int = 5
+    hidden_states: Sequence[Tensor], spans: Spans, *, temperature: float = TEMPERATURE, num_negatives: int = 5
 ) -> Tensor:
     """The published MI loss: the Gram matrix of each sequence, with pairs and drawn negatives picked out of it."""
     B, T, _ = hidden_states[0].shape
