@@ -6,7 +6,6 @@ import os
 import re
 from dataclasses import asdict
 from datetime import UTC, datetime
-from functools import cache
 from itertools import chain, compress
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from carma_kernels.measure import environment
 
 RESULTS = Path(__file__).parent / "results"
 LOAD_AT_START = pytest.StashKey[float]()
+MACHINE = pytest.StashKey[dict]()
 
 
 def pytest_addoption(parser):
@@ -39,6 +39,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.stash[LOAD_AT_START] = os.getloadavg()[0]
     config.addinivalue_line("markers", "smoke: takes seconds in all; run it to see whether the benches still work")
+    torch.compiler.config.force_disable_caches = True  # what is compiled is timed as for the first time
     config.option.benchmark_quiet = True  # its tables know neither ratios nor memory
     # a wrong result fails before anything is timed: that is one failure, not two
     config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used")
@@ -95,6 +96,12 @@ def device(pytestconfig):
 
 
 def pytest_benchmark_generate_machine_info(config):
+    if MACHINE not in config.stash:  # the summary asks again, when the results have changed the checkout
+        config.stash[MACHINE] = _machine(config)
+    return config.stash[MACHINE]
+
+
+def _machine(config):
     return environment() | {
         "device": _device_name(config.option.device),
         "rates": _rates(config.option.device, config.option.dtype, config.option.threads),
@@ -124,7 +131,6 @@ def pytest_terminal_summary(terminalreporter, config):
             terminalreporter.write_line(f"written to {config.option.benchmark_json}")
 
 
-@cache  # the summary asks again
 def _rates(device: str, dtype: str, threads: int) -> dict[str, float]:
     """Of the machine, on as many threads as what was measured."""
     before = torch.get_num_threads()

@@ -33,7 +33,7 @@ from carma_kernels.eager.layers import (
 )
 from carma_kernels.eager.mi import AnchorState, ContrastiveMI
 from carma_kernels.eager.pairs import ListedMI
-from carma_kernels.eager.stability import stability, stencil, stencil_weights, sum_of_squares
+from carma_kernels.eager.stability import stability, stencil, stencil_weights, sums_of_squares
 from carma_kernels.spans import ContrastTable
 
 
@@ -117,11 +117,12 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
         changes: list[Tensor] = []
         for run in runs(sorted({*mi_layers, *stability_layers}), at_once):
             norm = torch.stack([norms(rows[layer]) for layer in run])  # [l, N]
-            for layer, of_layer in zip(run, norm, strict=True):
-                if layer in stability_layers:
-                    energies.append(sum_of_squares(of_layer, valid))
-                if layer > stability_layers.start and layer in stability_layers:
-                    changes.append(sum_of_squares(norms(rows.step(layer - 1)), valid))
+            with_stability = _common(run, stability_layers)
+            if with_stability:
+                energies.append(sums_of_squares(norm[_slice(with_stability, run)], valid))
+            steps = [norms(rows.step(layer - 1)) for layer in with_stability if layer > stability_layers.start]
+            if steps:
+                changes.append(sums_of_squares(torch.stack(steps), valid))
             with_mi = _common(run, mi_layers)
             if arithmetic is not None and with_mi:
                 some = _slice(with_mi, mi_layers)
@@ -131,7 +132,9 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
                 )
         if changes:
             B, T, D = problem.layers[0].shape
-            stability(energies, changes, valid, B * T * D, D, problem.eps, out=(losses, saved.scale))
+            stability(
+                torch.cat(energies), torch.cat(changes), valid, B * T * D, D, problem.eps, out=(losses, saved.scale)
+            )
         if problem.group is not None:
             join_terms(problem.group, sums, losses, saved.scale, problem.layers[0], problem.mask)
     return sums, losses, *saved

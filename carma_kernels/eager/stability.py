@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 
 
-def sum_of_squares(norm: Tensor, valid: Tensor | None) -> Tensor:
-    """Sum of squares over the valid rows, from the norms of the rows `[N]`."""
+def sums_of_squares(norm: Tensor, valid: Tensor | None) -> Tensor:
+    """Sum of squares over the valid rows of each layer `[l]`, from the norms of the rows `[l, N]`."""
     squares = norm.square()
-    return (squares if valid is None else torch.where(valid, squares, 0.0)).sum()
+    return (squares if valid is None else torch.where(valid, squares, 0.0)).sum(1)
 
 
 def stability(
-    energies: list[Tensor],
-    changes: list[Tensor],
+    energy: Tensor,
+    change: Tensor,
     valid: Tensor | None,
     size: int,
     width: int,
@@ -36,17 +36,16 @@ def stability(
     """Write `r_l` and `k_l`, `[L-1]` each, from the sums over each layer and step.
 
     Args:
-        energies, changes: L and L-1 sums of squares, 0-d.
+        energy, change: sums of squares, `[L]` and `[L-1]`.
         valid: `[N]` rows in the sums, None for all.
         size, width: elements of a layer, and of a row.
         eps: added to the denominator.
         out: where `r_l` and `k_l` go.
     """
-    energy = torch.stack(energies)  # [L]
     count: Tensor | int = max(size, 1) if valid is None else (valid.sum() * width).clamp_min(1)
     denominator = (energy[:-1] + energy[1:]) / count + eps  # [L-1]
     loss, scale = out
-    loss.copy_(torch.stack(changes) / count / denominator)
+    loss.copy_(change / count / denominator)
     scale.copy_(2 / (count * denominator))
 
 
