@@ -40,6 +40,7 @@ def pytest_configure(config):
     config.stash[LOAD_AT_START] = os.getloadavg()[0]
     config.addinivalue_line("markers", "smoke: takes seconds in all; run it to see whether the benches still work")
     torch.compiler.config.force_disable_caches = True  # what is compiled is timed as for the first time
+    config.addinivalue_line("filterwarnings", "ignore:.*force disabled by torch.compiler.config")
     config.option.benchmark_quiet = True  # its tables know neither ratios nor memory
     # a wrong result fails before anything is timed: that is one failure, not two
     config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used")

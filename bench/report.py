@@ -133,32 +133,27 @@ def _medians(benchmarks: list[Benchmark], provider: str) -> dict[str, float]:
 
 
 def _lost(benchmarks: list[Benchmark]) -> list[str]:
-    """Where a peer is faster than this package's best on the device."""
-    rows = []
+    """Where a peer is faster than this package's best on the device; nothing if there is nothing to compare."""
+    compared, rows = 0, []
     for passes in PASSES:
         chosen = _losses(benchmarks, passes)
         for workload in dict.fromkeys(map(_workload, chosen)):
             seconds = {b["extra_info"]["provider"]: b["stats"]["median"] for b in chosen if _workload(b) == workload}
+            peers = {name: seconds[name] for name in PEERS if name in seconds}
             best = min((name for name in OURS if name in seconds), key=seconds.__getitem__, default=None)
             if best is None:
                 continue
+            compared += len(peers)
+            own = seconds[best]
             rows += [
-                [
-                    workload,
-                    passes,
-                    best,
-                    _milliseconds(seconds[best]),
-                    name,
-                    _milliseconds(peer),
-                    f"{seconds[best] / peer:.3g}x",
-                ]
-                for name, peer in seconds.items()
-                if name in PEERS and peer < seconds[best]
+                [workload, passes, best, _milliseconds(own), name, _milliseconds(peer), f"{own / peer:.3g}x"]
+                for name, peer in peers.items()
+                if peer < own
             ]
     if not rows:
-        return ["No peer was faster in any case."]
+        return [f"No peer was faster in any of {compared} comparisons."] if compared else []
     header = ["workload", "pass", "this package", "median ms", "faster peer", "its median ms", "as long"]
-    return [f"Cases lost: where a peer was faster.\n\n{_table(header, rows)}"]
+    return [f"Cases lost, of {compared}: where a peer was faster.\n\n{_table(header, rows)}"]
 
 
 def _growth(benchmarks: list[Benchmark]) -> list[str]:
