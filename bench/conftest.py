@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 import re
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -21,6 +23,7 @@ from carma_kernels.measure import environment
 RESULTS = Path(__file__).parent / "results"
 LOAD_AT_START = pytest.StashKey[float]()
 MACHINE = pytest.StashKey[dict]()
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def pytest_addoption(parser):
@@ -82,13 +85,16 @@ def threads(pytestconfig):
 
 
 @pytest.fixture(autouse=True, scope="session")
-def used_allocator():
-    """Let glibc have seen a block of nearly 32 MB, as in any process that trains.
+def kept_memory():
+    """Have glibc keep what is freed, as allocators made for training do.
 
-    It learns from the largest block freed so far how much to keep: without this, what runs first gives its memory back
-    to the kernel after every step, and a third of its time goes into getting it again.
+    Else it gives memory back to the kernel after some steps and not after others, by what ran before in the process,
+    and up to a third of a step's time goes into getting it again.
     """
-    torch.empty(31 << 20, dtype=torch.uint8)
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+            assert libc.mallopt(option, 1 << 30), "glibc refused"
 
 
 @pytest.fixture
