@@ -14,10 +14,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bench.floor import Cost, Rates
-from bench.providers import PROVIDERS
+from bench.providers import PEERS, PROVIDERS
 from bench.workloads import GROWTH, Workload
 
-COLOURS = {provider.name: f"C{n}" for n, provider in enumerate(PROVIDERS)}
+_PEERS = iter(["black", "#98df8a", "tab:green", "tab:purple", "tab:brown", "tab:olive", "tab:cyan", "tab:pink"])
+_OWN = iter(["tab:orange", "tab:red", "#ff9896", "tab:blue", "#aec7e8"])
+COLOURS = {provider.name: next(_PEERS if provider.name in PEERS else _OWN) for provider in PROVIDERS}
 """The same implementation has the same colour in every picture."""
 
 Benchmark = dict[str, Any]
@@ -95,6 +97,9 @@ def _growth(chosen: list[Benchmark]) -> Figure | None:
         for axis in axes[:, column]:
             axis.set(xscale="linear" if size == "words" else "log", yscale="log")
             if size != "words":
+                values = sorted({_number(b, size) for b in chosen if _differs_in(b, middle) <= {size}})
+                axis.set_xticks(values, [str(value) for value in values], rotation=45)
+                axis.minorticks_off()
                 _guide(axis)
     axes[0, 0].set_ylabel("median ms")
     axes[1, 0].set_ylabel("peak extra MB")
@@ -135,7 +140,8 @@ def _train_step(runs: list[dict[str, Any]]) -> Figure | None:
         return None
     models = list(dict.fromkeys(_step_label(run) for run in runs))
     names = [name for name in dict.fromkeys(run["losses"] for run in runs) if name != "none"]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 1.6 + 0.2 * len(models) * (len(names) + 1)), sharey=True)
+    size = (12, 1.8 + 0.2 * len(models) * (len(names) + 1))
+    figure, (left, right) = plt.subplots(1, 2, figsize=size, sharey=True, layout="constrained")
     height = 0.85 / len(names)
     for n, name in enumerate(names):
         for place, model in enumerate(models):
@@ -148,9 +154,9 @@ def _train_step(runs: list[dict[str, Any]]) -> Figure | None:
                 right.barh(place + n * height, 100 * (memory - 1), height, color=f"C{n}")
     left.set_yticks([n + 0.4 for n in range(len(models))], models)
     left.invert_yaxis()
-    left.set(xscale="symlog", xlabel="% more time a step than without CARMA")
-    right.set(xscale="symlog", xlabel="% more peak memory than without CARMA")
-    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    left.set_xlabel("% more time a step than without CARMA")
+    right.set_xlabel("% more peak memory than without CARMA")
+    figure.legend(loc="outside lower center", ncols=len(names), frameon=False)
     return figure
 
 
@@ -180,8 +186,8 @@ def _differs_in(b: Benchmark, middle: Workload) -> set[str]:
 
 
 def _guide(axis: Axes) -> None:
-    """A dashed line of slope one through the lowest last point."""
+    """A dashed line of slope one through the lowest of the points farthest to the right."""
     lines = [line for line in axis.get_lines() if len(line.get_xdata()) > 1]
     if lines:
-        x, y = min((line.get_data() for line in lines), key=lambda data: data[1][-1])
+        x, y = min((line.get_data() for line in lines), key=lambda data: (-data[0][-1], data[1][-1]))
         axis.plot([x[0], x[-1]], [y[-1] * x[0] / x[-1], y[-1]], "--", color="grey", linewidth=0.8)
