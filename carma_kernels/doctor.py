@@ -20,7 +20,7 @@ from carma_kernels.measure import environment
 OPTIONAL = {
     "demo": ("transformers", "tokenizers", "rich", "matplotlib"),
     "integrations": ("transformers", "accelerate"),
-    "bench": ("pytest", "pytest-benchmark", "pytorch-metric-learning"),
+    "bench": ("pytest", "pytest-benchmark", "pytorch-metric-learning", "inf-cl"),
 }
 """What each extra of the package adds, as in pyproject.toml"""
 
