@@ -127,11 +127,12 @@ class ContrastiveMI:
             for key, anchor, of_layer, key_grad, to in zip(keys, anchors, weight, key_grads, out, strict=True):
                 key_grad.baddbmm_(of_layer.transpose(1, 2), anchor)
                 add_rows(to, tile.anchor_token, torch.bmm(of_layer, key).view(-1, D))
-        own = (key_projection * key_scale[:, :, 0].square())[..., None]  # [l, S, V, 1]
-        for key, of_layer, key_grad, to in zip(keys, own, key_grads, out, strict=True):
-            if self._cosine:
+        if self._cosine:
+            own = (key_projection * key_scale[:, :, 0].square())[..., None]  # [l, S, V, 1]
+            for key, of_layer, key_grad in zip(keys, own, key_grads, strict=True):
                 key_grad.addcmul_(key, of_layer, value=-1)
-            if not in_place:
+        if not in_place:
+            for key_grad, to in zip(key_grads, out, strict=True):
                 add_rows(to, self._table.key_token.view(-1), key_grad.view(-1, D))
         return total
 

@@ -144,14 +144,14 @@ def forward(module: nn.Module, batch: dict[str, Any]) -> Any:
 
 
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """To the rounding of sums in fp32 of numbers as large as the parameter's largest.
+    """To 1e-7, or two units in the last place of the parameter's largest element where that is more.
 
     Parameters that the losses do not reach have a gradient of 0, or none.
     """
     assert any((gradient != 0).any() for gradient in expected.values())
     for name in actual.keys() | expected.keys():
         ours, theirs = torch.broadcast_tensors(*(one.get(name, torch.zeros(())) for one in (actual, expected)))
-        atol = 1e-6 * theirs.abs().max().item()
+        atol = max(1e-7, 2**-22 * theirs.abs().max().item())
         torch.testing.assert_close(
-            ours, theirs, rtol=0, atol=atol, check_dtype=False, msg=lambda text, name=name: f"{name}: {text}"
+            ours, theirs, rtol=2e-5, atol=atol, check_dtype=False, msg=lambda text, name=name: f"{name}: {text}"
         )
