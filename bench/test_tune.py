@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bench import tune
+from carma_kernels import _runtime
 from carma_kernels.kernels import launch
 
 pytestmark = pytest.mark.smoke
@@ -33,7 +34,7 @@ def test_there_are_candidates_for_every_size(name):
     subject = tune.SUBJECTS[name]
     for workload in subject.workloads:
         size = getattr(workload, subject.size)
-        own = launch.choose(name, launch.TARGETS["sm_90"], size, 2)
+        own = launch.choose(name, _runtime.TARGETS["sm_90"], size, 2)
         candidates = [candidate for candidate in subject.candidates() if candidate.max_size >= size]
         assert len(candidates) > 5
         assert all(candidate.constants.keys() == own.constants.keys() for candidate in candidates)
@@ -41,7 +42,7 @@ def test_there_are_candidates_for_every_size(name):
 
 def test_a_candidate_that_computes_something_else_is_refused(monkeypatch):
     def loss(hidden, _spans):
-        chosen = launch.choose("pairs_forward", launch.INTERPRETER, 16, 4)
+        chosen = launch.choose("pairs_forward", _runtime.INTERPRETER, 16, 4)
         return sum(h.sum() for h in hidden) * chosen.constants["BLOCK_D"]
 
     subject = tune.SUBJECTS["pairs_forward"]

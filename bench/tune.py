@@ -31,6 +31,7 @@ from torch import Tensor
 
 import carma_kernels as ck
 from bench.workloads import Case, Workload
+from carma_kernels import _runtime
 from carma_kernels.kernels import launch
 from carma_kernels.kernels.launch import Configuration
 
@@ -150,30 +151,28 @@ TINY = Workload("tiny", 2, 1, 12, 16, "dense")
 class Launch(NamedTuple):
     """A kernel's launch, to be repeated."""
 
+    launch: Callable[..., Any]
     kernel: Any
+    grid: tuple[int, ...]
     args: tuple[Any, ...]
-    grid: Any
     constants: dict[str, Any]
 
     def __call__(self) -> Any:
-        return self.kernel.run(*self.args, grid=self.grid, warmup=False, **self.constants)
+        return self.launch(self.kernel, self.grid, *self.args, **self.constants)
 
 
 @contextmanager
 def _recorded(names: Sequence[str]) -> Iterator[list[Launch]]:
     """The launches of these kernels within."""
-    from carma_kernels.kernels import tiles
-
     launches = []
-    jit = type(tiles.dot)  # Triton's function, or its interpreter's
-    original = jit.run
+    launch_kernel = _runtime.launch
 
-    def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **constants: Any) -> Any:
+    def recorded(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> Any:
         if kernel.__name__.strip("_").removesuffix("_kernel") in names:
-            launches.append(Launch(kernel, args, grid, constants))
-        return original(kernel, *args, grid=grid, warmup=warmup, **constants)
+            launches.append(Launch(launch_kernel, kernel, grid, args, constants))
+        return launch_kernel(kernel, grid, *args, **constants)
 
-    with patch.object(jit, "run", run):
+    with patch.object(_runtime, "launch", recorded):
         yield launches
 
 
@@ -223,7 +222,7 @@ class Tuner:
         chosen: list[Configuration] = []
         choose = launch.choose
 
-        def forced(kernel: str, target: launch.Target, size: int, element_bytes: int) -> Configuration | None:
+        def forced(kernel: str, target: _runtime.Target, size: int, element_bytes: int) -> Configuration | None:
             found = choose(kernel, target, size, element_bytes)
             if kernel == self._name:
                 found = configuration or found

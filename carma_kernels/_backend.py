@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from carma_kernels import eager
+from carma_kernels import _runtime, eager
 
 TRITON_BY_DEFAULT = False
 """Whether a GPU's calls go to Triton unless they say otherwise. The kernels pass Triton's interpreter and compile for
@@ -22,10 +22,6 @@ four GPU targets, but have yet to run on a GPU: until they have, they run for th
 
 BACKENDS = ("torch", "triton")
 VARIABLE = "CARMA_KERNELS_BACKEND"
-INTERPRET = "TRITON_INTERPRET"
-"""Triton's own switch: 1 when Triton is imported, and its kernels run on CPU tensors, slowly, in Python"""
-
-_GPUS = ("cuda",)  # ROCm's have this type too
 _OLDEST_TRITON = (3, 6)
 _OLDEST_NVIDIA = (8, 0)  # compute capability
 _TRITON_PACKAGES = ("triton", "triton-rocm", "pytorch-triton-rocm")
@@ -127,12 +123,13 @@ def _asked(backend: str | None) -> tuple[str | None, str]:
 
 
 def _pick(device: torch.device) -> tuple[str, str]:
-    if device.type not in _GPUS:
+    target = _runtime.target(device)
+    if target is None or (target is _runtime.INTERPRETER and device.type == "cpu"):
         return "torch", f"it runs on every device, {device.type} included"
     if not TRITON_BY_DEFAULT:
         return "torch", "the Triton kernels have yet to run on a cuda device: ask for them with backend='triton'"
-    if os.environ.get(INTERPRET) == "1":
-        return "torch", f"{INTERPRET}=1, under which Triton is for debugging on {device}: ask for it"
+    if target is _runtime.INTERPRETER:
+        return "torch", f"{_runtime.INTERPRET}=1, under which Triton is for debugging on {device}: ask for it"
     if (obstacle := triton_obstacle(device)) is not None:
         return "torch", f"Triton cannot be used on {device}: {obstacle}"
     return "triton", f"Triton runs on {device}"
@@ -148,8 +145,9 @@ def triton_obstacle(device: torch.device) -> str | None:
 def _find_obstacle(device: torch.device) -> str | None:
     if (obstacle := _missing_triton()) is not None:
         return obstacle
-    if torch.version.hip is None and (capability := torch.cuda.get_device_capability(device)) < _OLDEST_NVIDIA:
-        return f"its compute capability is {_dotted(capability)}, and {_dotted(_OLDEST_NVIDIA)} is needed"
+    target = _runtime.target(device)
+    if target is not None and target.capability is not None and target.capability < _OLDEST_NVIDIA:
+        return f"its compute capability is {_dotted(target.capability)}, and {_dotted(_OLDEST_NVIDIA)} is needed"
     try:
         from carma_kernels import ops  # imports Triton
 
@@ -187,11 +185,11 @@ def _check_triton(by: str, device: torch.device) -> None:
             f"{by} asks for the triton backend, but {missing}: pip install triton --upgrade (on Linux), or use "
             "'torch', which runs on every device."
         )
-    if device.type not in _GPUS and os.environ.get(INTERPRET) != "1":
+    if _runtime.target(device) is None:
         raise ValueError(
             f"{by} asks for the triton backend for tensors on {device}; it runs on CUDA and ROCm devices. Move the "
             "hidden states there, or use 'torch', which runs on every device. To debug the kernels on a CPU, set "
-            f"{INTERPRET}=1 before Python starts."
+            f"{_runtime.INTERPRET}=1 before Python starts."
         )
 
 

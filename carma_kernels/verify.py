@@ -23,7 +23,8 @@ from torch import Tensor
 
 import carma_kernels
 from carma_kernels import PairIndex, TokenSpans, choose_backend
-from carma_kernels._backend import BACKENDS, INTERPRET
+from carma_kernels._backend import BACKENDS
+from carma_kernels._runtime import INTERPRET
 from carma_kernels.doctor import devices, one_line
 
 TOLERANCE = {

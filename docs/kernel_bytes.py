@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from math import ceil
 from typing import NamedTuple
 
+from carma_kernels import _runtime
 from carma_kernels.kernels import launch
 
 BANDWIDTH, MATRIX_RATE = 3.0e12, 798e12  # an H100's, bytes and FLOP a second
@@ -40,7 +41,7 @@ class Problem(NamedTuple):
     def blocks(self, kernel: str) -> dict[str, int]:
         """A kernel's constants on an H100."""
         size = self.D if kernel.startswith("stability") else self.T
-        configuration = launch.choose(kernel, launch.TARGETS["sm_90"], size, ELEMENT)
+        configuration = launch.choose(kernel, _runtime.TARGETS["sm_90"], size, ELEMENT)
         assert configuration is not None
         return dict(configuration.constants)
 

@@ -1,4 +1,4 @@
-"""How the kernels are launched: one table, with the reason for each threshold; nothing is tuned while training runs.
+"""With which sizes the kernels are launched: one table, with the reason for each; nothing is tuned while training runs.
 
 A kernel has a list of configurations, and a launch takes the first that fits. A test that wants small tiles replaces a
 kernel's entry in `TABLE`.
@@ -10,6 +10,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from carma_kernels._runtime import Target
 
 
 @dataclass(frozen=True)
@@ -43,27 +45,6 @@ class Configuration:
         """Keyword arguments of the launch."""
         options = {**self.constants, "num_warps": self.num_warps, "num_stages": self.num_stages}
         return options if self.max_registers is None else {**options, "maxnreg": self.max_registers}
-
-
-@dataclass(frozen=True)
-class Target:
-    """What decides about a device."""
-
-    name: str
-    shared_memory: int
-    """Bytes a program may use."""
-
-
-TARGETS = {
-    target.name: target
-    for target in (
-        Target("sm_80", 163 * 1024),
-        Target("sm_90", 227 * 1024),
-        Target("sm_100", 227 * 1024),
-        Target("gfx942", 64 * 1024),
-    )
-}
-INTERPRETER = Target("interpreter", 227 * 1024)
 
 
 _WIDEST = 16384

@@ -35,9 +35,9 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.cache import get_cache_manager
 
+from carma_kernels import _runtime
 from carma_kernels._terms import MITerm, Similarity, StabilityTerm
-from carma_kernels.kernels import launch
-from carma_kernels.ops import carma_terms, layers, pairwise_similarity
+from carma_kernels.ops import carma_terms, pairwise_similarity
 from carma_kernels.pairs import PairIndex
 from carma_kernels.spans import TokenSpans
 
@@ -71,7 +71,7 @@ class Compiled:
     kernel: str
     arguments: str  # what is constant in it
     dtype: torch.dtype
-    target: launch.Target
+    target: _runtime.Target
     resources: Resources | str  # or why it does not compile
     seconds: float = 0.0  # that it took, to be read from Triton's cache if it was there
 
@@ -208,7 +208,7 @@ class Compiler:
 
     def __init__(self, target: str) -> None:
         """Take the name of a target."""
-        self._target = launch.TARGETS[target]
+        self._target = _runtime.TARGETS[target]
         self._done: set[tuple[str, str, torch.dtype]] = set()
 
     def compile(self, problem: Problem, dtype: torch.dtype) -> Iterator[Compiled]:
@@ -229,13 +229,10 @@ class Compiler:
     def _recorded(self) -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
         launches = []
 
-        def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:  # noqa: ARG001
+        def record(kernel: Any, _grid: Any, *args: Any, **kwargs: Any) -> None:
             launches.append((kernel, args, kwargs))
 
-        with (
-            patch.object(triton.JITFunction, "run", record),
-            patch.object(layers, "_target", lambda _device: self._target),
-        ):
+        with patch.object(_runtime, "launch", record), patch.object(_runtime, "target", lambda _device: self._target):
             yield launches
 
     def _compile(self, kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Resources | str:
@@ -390,7 +387,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--part", type=_part, default=(1, 1), metavar="I/N", help="every Nth problem, from the Ith on")
     parser.add_argument("--markdown", action="store_true", help="print a Markdown page at the end")
     asked = parser.parse_args(arguments)
-    if layers.INTERPRETED:
+    if _runtime.target(torch.device("cpu")) is _runtime.INTERPRETER:
         parser.error("Triton's interpreter is on, which compiles nothing: unset TRITON_INTERPRET.")
     dtypes = [getattr(torch, name) for name in asked.dtypes or []] or (DTYPES[:1] if asked.subset else DTYPES)
     names = {name: problem for name, problem in problems(asked.subset).items() if asked.only in name}

@@ -7,19 +7,15 @@ import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from carma_kernels.kernels import launch, tiles
+from carma_kernels import _runtime
 from carma_kernels.ops.host_tables import copied_to
-
-INTERPRETED = not isinstance(tiles.dot, triton.JITFunction)
-"""Triton's interpreter runs the kernels: `TRITON_INTERPRET=1` was set when Triton was imported."""
 
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 """What the kernels compute with"""
@@ -115,7 +111,7 @@ def constants(*tables: LayerTable) -> dict[str, Any]:
     return {
         "DTYPE": DTYPES[tables[0].present.dtype],
         "ALIGNMENT": min(table.alignment for table in tables),
-        "INTERPRETED": INTERPRETED,
+        "INTERPRETED": target(tables[0].present.device) is _runtime.INTERPRETER,
     }
 
 
@@ -136,9 +132,11 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def target(device: torch.device) -> launch.Target:
-    """The device, as the launch table knows it."""
-    return launch.INTERPRETER if INTERPRETED else _target(device)
+def target(device: torch.device) -> _runtime.Target:
+    """What runs kernels on tensors of this device, which the call was let through for."""
+    found = _runtime.target(device)
+    assert found is not None, f"nothing runs kernels on {device}: see `choose_backend`"
+    return found
 
 
 def hull(first: range, second: range) -> range:
@@ -151,15 +149,6 @@ def hull(first: range, second: range) -> range:
 def ceil_div(a: int, b: int) -> int:
     """How many pieces of b hold a."""
     return -(-a // b)
-
-
-@lru_cache
-def _target(device: torch.device) -> launch.Target:
-    properties: Any = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        return launch.TARGETS["gfx942"]
-    capability = f"sm_{properties.major}{properties.minor}"
-    return launch.Target(capability, properties.shared_memory_per_block_optin)
 
 
 def _fp32_bits(number: float) -> int:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from carma_kernels import _runtime
 from carma_kernels._ranks import RANK_ALIGNMENT, RankTable
 from carma_kernels.kernels import launch, mi, mi_backward
 from carma_kernels.ops.layers import (
@@ -72,7 +73,9 @@ def contrast_forward(
     for chunk in _pieces(range(len(layers)), problem.budget // (4 * layer_size)):
         partial = sums.new_empty((len(chunk), problem.S, key_blocks, num_partials, problem.A))
         pair_score = sums.new_empty((len(chunk), pairs.num_pairs))
-        mi._mi_scores_kernel[(ceil_div(problem.A, scores.constants["BLOCK_M"]) * key_blocks, problem.S, len(chunk))](
+        _runtime.launch(
+            mi._mi_scores_kernel,
+            (ceil_div(problem.A, scores.constants["BLOCK_M"]) * key_blocks, problem.S, len(chunk)),
             hidden.addresses,
             pairs.token,
             pairs.word,
@@ -94,7 +97,9 @@ def contrast_forward(
             **constants(hidden),
             **scores.options,
         )
-        mi._mi_statistics_kernel[(ceil_div(problem.A, _STATISTICS_BLOCK), problem.S, len(chunk))](
+        _runtime.launch(
+            mi._mi_statistics_kernel,
+            (ceil_div(problem.A, _STATISTICS_BLOCK), problem.S, len(chunk)),
             pairs.size,
             pairs.first_pair,
             pairs.num_negatives,
@@ -170,7 +175,9 @@ def contrast_backward(
             )
             blocks = rows // ANCHOR_BLOCK * (columns // KEY_BLOCK)
             if blocks:
-                mi_backward._mi_weights_kernel[(blocks, *reversed(matrices))](
+                _runtime.launch(
+                    mi_backward._mi_weights_kernel,
+                    (blocks, *reversed(matrices)),
                     hidden.addresses,
                     out.addresses,
                     pairs.token,
@@ -200,9 +207,9 @@ def contrast_backward(
             anchor_blocks = rows // BLOCK_M if window.writes_anchors else 0
             other_blocks = ceil_div(min(window.keys.stop, problem.N) - window.keys.start, BLOCK_M)
             blocks = anchor_blocks + (other_blocks if window.writes_others else 0)
-            mi_backward._mi_gradient_kernel[
-                (blocks * ceil_div(problem.D, gradient.constants["BLOCK_D"]), *reversed(matrices))
-            ](
+            _runtime.launch(
+                mi_backward._mi_gradient_kernel,
+                (blocks * ceil_div(problem.D, gradient.constants["BLOCK_D"]), *reversed(matrices)),
                 hidden.addresses,
                 out.addresses,
                 pairs.token,

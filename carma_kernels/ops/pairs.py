@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from carma_kernels import _runtime
 from carma_kernels.kernels import launch
 from carma_kernels.kernels.pairs import _pairs_backward_kernel, _pairs_forward_kernel
 from carma_kernels.ops.layers import LayerTable, ScaledSimilarity, ceil_div, constants, target
@@ -52,7 +53,9 @@ def listed_forward(
     cost = score.new_empty(len(layers), P)
     block_k = min(16, triton.next_power_of_2(1 + K))
     configuration = _configuration("pairs_forward", hidden, D)
-    _pairs_forward_kernel[(P, len(layers))](
+    _runtime.launch(
+        _pairs_forward_kernel,
+        (P, len(layers)),
         hidden.addresses,
         pairs.anchor.contiguous(),
         pairs.positive.contiguous(),
@@ -101,7 +104,9 @@ def listed_backward(
         B, T, D = hidden.shape
         index = _EdgeIndex.of(pairs, B * T)
         configuration = _configuration("pairs_backward", hidden, D)
-        _pairs_backward_kernel[(B * T, len(layers), ceil_div(D, configuration["BLOCK_D"]))](
+        _runtime.launch(
+            _pairs_backward_kernel,
+            (B * T, len(layers), ceil_div(D, configuration["BLOCK_D"])),
             hidden.addresses,
             out.addresses,
             index.start,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from carma_kernels import _runtime
 from carma_kernels.kernels import launch, short
 from carma_kernels.ops.layers import LayerTable, ScaledSimilarity, ceil_div, constants, dot_precision, hull, target
 from carma_kernels.ops.stability import StabilityGradient, StabilityPartials
@@ -69,7 +70,9 @@ class ShortMI:
         mi_partials = self.word.new_empty((len(self.layers), S * BLOCK_T), dtype=torch.float32)
         partials = self.word.new_empty((2 * len(walked) + 1, S * BLOCK_T), dtype=torch.float32)
         match = self.similarity.match_negatives
-        short._short_forward_kernel[(blocks, len(walked))](
+        _runtime.launch(
+            short._short_forward_kernel,
+            (blocks, len(walked)),
             hidden.addresses,
             self.word,
             mask,
@@ -120,7 +123,9 @@ class ShortMI:
         pieces = min(
             ceil_div(_PROGRAMS, blocks * len(hidden)), _MOST_PIECES, ceil_div(D, configuration.constants["BLOCK_D"])
         )
-        short._short_backward_kernel[(blocks, pieces, len(hidden))](
+        _runtime.launch(
+            short._short_backward_kernel,
+            (blocks, pieces, len(hidden)),
             hidden.addresses,
             out.addresses,
             self.word,

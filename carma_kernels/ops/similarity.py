@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
+from carma_kernels import _runtime
 from carma_kernels._operators import (
     SIMILARITY_SCHEMA,
     SimilarityArguments,
@@ -173,7 +174,9 @@ class _Launches:
     def norms(self) -> None:
         L, B, T, D = self._grid
         options = self._configuration("similarity_norms")
-        _similarity_norms_kernel[(ceil_div(T, options["BLOCK_T"]), B, L)](
+        _runtime.launch(
+            _similarity_norms_kernel,
+            (ceil_div(T, options["BLOCK_T"]), B, L),
             self._hidden.addresses,
             self._mask,
             self._inverse_norm,
@@ -187,7 +190,9 @@ class _Launches:
     def forward(self, scale: Tensor, matrix: Tensor) -> None:
         L, B, T, D = self._grid
         options = self._configuration("similarity_tiles")
-        _similarity_forward_kernel[(ceil_div(T, options["BLOCK_T"]) ** 2, B, L)](
+        _runtime.launch(
+            _similarity_forward_kernel,
+            (ceil_div(T, options["BLOCK_T"]) ** 2, B, L),
             self._hidden.addresses,
             self._mask,
             self._inverse_norm,
@@ -207,7 +212,9 @@ class _Launches:
         options = self._configuration("similarity_tiles")
         num_blocks = ceil_div(T, options["BLOCK_T"])
         projection = grad.new_empty((L, B, num_blocks, T), dtype=torch.float32)
-        _similarity_projection_kernel[(num_blocks**2, B, L)](
+        _runtime.launch(
+            _similarity_projection_kernel,
+            (num_blocks**2, B, L),
             self._hidden.addresses,
             self._mask,
             self._inverse_norm,
@@ -227,7 +234,9 @@ class _Launches:
         options = self._configuration("similarity_backward")
         dtype = self._hidden.present.dtype
         pieces = ceil_div(T, options["BLOCK_T"]) * ceil_div(D, options["BLOCK_D"])
-        _similarity_backward_kernel[(pieces, B, L)](
+        _runtime.launch(
+            _similarity_backward_kernel,
+            (pieces, B, L),
             self._hidden.addresses,
             out.addresses,
             self._mask,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from carma_kernels import _runtime
 from carma_kernels.kernels import launch, stability
 from carma_kernels.ops.layers import LayerTable, ceil_div, constants, hull, target
 
@@ -66,7 +67,9 @@ def stability_forward(
     configuration = _rows_configuration("stability_forward", hidden)
     programs = ceil_div(B * T, configuration.constants["BLOCK_ROWS"])
     sums = torch.empty((2 * len(walked) + 1, programs), dtype=torch.float32, device=device)
-    stability._stability_forward_kernel[(programs,)](
+    _runtime.launch(
+        stability._stability_forward_kernel,
+        (programs,),
         hidden.addresses,
         mask,
         inverse_norms,
@@ -108,7 +111,9 @@ def finalize(
     num_mi, num_steps = len(sums), len(results[0])
     if num_mi == num_steps == 0:
         return
-    stability._finalize_kernel[(max(num_mi, num_steps),)](
+    _runtime.launch(
+        stability._finalize_kernel,
+        (max(num_mi, num_steps),),
         mi_partials,
         sums,
         num_mi,
@@ -137,7 +142,9 @@ def stability_backward(hidden: LayerTable, gradient: StabilityGradient, out: Lay
     B, T, D = hidden.shape
     configuration = _rows_configuration("stability_backward", hidden)
     rows, columns = configuration.constants["BLOCK_ROWS"], configuration.constants["BLOCK_D"]
-    stability._stability_backward_kernel[(ceil_div(B * T, rows), ceil_div(D, columns))](
+    _runtime.launch(
+        stability._stability_backward_kernel,
+        (ceil_div(B * T, rows), ceil_div(D, columns)),
         hidden.addresses,
         out.addresses,
         gradient.mask,

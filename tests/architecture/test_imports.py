@@ -28,15 +28,17 @@ ROOMS = {
     # what the ranks of a process group have together
     "distributed": Room({"pairs", "spans"}, {"numpy", "torch"}),
     # the backends
+    "_runtime": Room(set(), {"torch"}),
     "_terms": Room({"pairs", "spans"}, {"torch"}),
     "_operators": Room({"_terms", "pairs", "spans"}, {"torch"}),
-    "kernels": Room(set(), {"triton"}),
+    "kernels": Room({"_runtime"}, {"triton"}),
     "ops": Room(
-        {"_operators", "distributed", "_ranks", "_terms", "kernels", "pairs", "spans"}, {"rich", "torch", "triton"}
+        {"_operators", "_ranks", "_runtime", "_terms", "distributed", "kernels", "pairs", "spans"},
+        {"rich", "torch", "triton"},
     ),
     "eager": Room({"_operators", "_terms", "distributed", "pairs", "spans"}, {"torch"}),
     # the public interface
-    "_backend": Room({"eager", "ops"}, {"torch"}),
+    "_backend": Room({"_runtime", "eager", "ops"}, {"torch"}),
     "_validate": Room({"pairs", "spans"}, {"torch"}),
     "config": Room({"_validate"}, {"torch"}),
     "functional": Room({"_backend", "_terms", "_validate", "config", "distributed", "pairs", "spans"}, {"torch"}),
@@ -56,7 +58,7 @@ ROOMS = {
         {"carma_kernels", "demo", "integrations", "measure"}, {"matplotlib", "numpy", "rich", "torch", "transformers"}
     ),
     "doctor": Room({"_backend", "carma_kernels", "measure"}, {"torch"}),
-    "verify": Room({"_backend", "carma_kernels", "doctor"}, {"csrc_ref", "torch"}),
+    "verify": Room({"_backend", "_runtime", "carma_kernels", "doctor"}, {"csrc_ref", "torch"}),
     "__main__": Room({"carma_kernels"}, set()),
 }
 """From the bottom up."""

@@ -74,7 +74,7 @@ def test_what_does_not_compile_is_a_fault() -> None:
 
 
 def test_faults() -> None:
-    from carma_kernels.kernels import launch
+    from carma_kernels import _runtime
     from carma_kernels.ops.compile import Compiled, Resources
 
     good = Resources(128, 64 * 1024, spilled=0, matrix_instructions=4, wide_loads=24, multiplies_tiles=True)
@@ -83,7 +83,7 @@ def test_faults() -> None:
         target: str = "sm_90", dtype: torch.dtype = torch.bfloat16, arguments: str = "ALIGNMENT=16", **changed: int
     ) -> str:
         found = replace(good, **changed)  # type: ignore[arg-type]
-        return "; ".join(Compiled("kernel", arguments, dtype, launch.TARGETS[target], found).faults)
+        return "; ".join(Compiled("kernel", arguments, dtype, _runtime.TARGETS[target], found).faults)
 
     assert not faults()
     assert not faults("gfx942")
@@ -99,15 +99,15 @@ def test_faults() -> None:
 
 def test_the_page() -> None:
     """A row for a kernel's constants, a cell for each target, and the faults at the top."""
-    from carma_kernels.kernels import launch
+    from carma_kernels import _runtime
     from carma_kernels.ops.compile import Compiled, Resources, markdown
 
     arguments = "COSINE=True, HAS_MASK=False, ALIGNMENT=16, BLOCK_T=64, num_warps=8"
     good, spilled = Resources(128, 98304, 0, 4, 24, multiplies_tiles=True), Resources(255, 0, 8, 0, 2, False)
     table = [
-        Compiled("_short_kernel", arguments, torch.bfloat16, launch.TARGETS["sm_90"], good),
-        Compiled("_short_kernel", arguments, torch.bfloat16, launch.TARGETS["sm_80"], spilled),
-        Compiled("_other_kernel", "BLOCK=1", torch.float32, launch.TARGETS["sm_80"], "does not compile: so"),
+        Compiled("_short_kernel", arguments, torch.bfloat16, _runtime.TARGETS["sm_90"], good),
+        Compiled("_short_kernel", arguments, torch.bfloat16, _runtime.TARGETS["sm_80"], spilled),
+        Compiled("_other_kernel", "BLOCK=1", torch.float32, _runtime.TARGETS["sm_80"], "does not compile: so"),
     ]
     page = list(markdown(table))
     assert (
@@ -120,9 +120,9 @@ def test_the_page() -> None:
 
 
 def test_the_interpreter_cannot_compile(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from carma_kernels.ops import compile, layers
+    from carma_kernels.ops import compile
 
-    monkeypatch.setattr(layers, "INTERPRETED", True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(SystemExit):
         compile.main([])
     assert "TRITON_INTERPRET" in capsys.readouterr().err
