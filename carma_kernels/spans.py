@@ -23,6 +23,7 @@ from carma_kernels.pairs import NO_TOKEN, PairIndex
 NO_WORD = -1
 _PAD_ANCHOR = -2  # differs from every word and from NO_WORD, so a padding slot has neither positive nor negative
 
+_NUMBERS_IN_16_BYTES = 4  # int32
 _Layout = dict[str, tuple[int, tuple[int, ...]]]  # where in the packed tensor each table lies, and its shape
 
 
@@ -340,13 +341,16 @@ class TokenSpans:
 
 
 def _concatenate(tables: dict[str, np.ndarray]) -> tuple[Tensor, _Layout]:
+    """One int32 tensor of all tables, each at a multiple of 16 bytes, which Triton compiles other versions without."""
     layout: _Layout = {}
     offset = 0
     for name, table in tables.items():
         layout[name] = (offset, table.shape)
-        offset += table.size
-    flat = [table.reshape(-1).astype(np.int32, copy=False) for table in tables.values()]
-    return torch.from_numpy(np.concatenate(flat)), layout
+        offset += -(-table.size // _NUMBERS_IN_16_BYTES) * _NUMBERS_IN_16_BYTES
+    packed = np.zeros(offset, np.int32)
+    for (start, _), table in zip(layout.values(), tables.values(), strict=True):
+        packed[start : start + table.size] = table.reshape(-1)
+    return torch.from_numpy(packed), layout
 
 
 def _contrast_tables(

@@ -18,6 +18,7 @@ A negative's W is `exp(s_ij - shift) factor_i`, with z'_i for a shift, or 1/tau 
 import triton
 import triton.language as tl
 
+from carma_kernels.kernels.jit import kernel
 from carma_kernels.kernels.tiles import (
     dot,
     gram_accumulator,
@@ -85,7 +86,7 @@ def may_hold_positives(anchor_word, key_word):
     return (tl.max(key_word, 0) >= first) & (first_key <= tl.max(anchor_word, 0))
 
 
-@triton.jit(do_not_specialize=["first_layer", "first_state", "N", "A", "P"])
+@kernel("first_layer", "first_state", "N", "A", "P")
 def _mi_scores_kernel(
     hidden_table,  # [L] addresses of [S, N, D]
     token_ptr,  # [S, R]
@@ -249,7 +250,7 @@ def _add_negatives(
     return maximum, total, slope
 
 
-@triton.jit(do_not_specialize=["first_state", "N", "A", "P"])
+@kernel("first_state", "N", "A", "P")
 def _mi_statistics_kernel(
     size_ptr,  # [S, 2]
     first_pair_ptr,  # [S, A+1]

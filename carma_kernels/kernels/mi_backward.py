@@ -17,6 +17,7 @@ The projection is made from M' as it was rounded; from the exact one, the error 
 import triton
 import triton.language as tl
 
+from carma_kernels.kernels.jit import kernel
 from carma_kernels.kernels.mi import (
     MINUS_INFINITY,
     NO_ANCHOR,
@@ -42,7 +43,9 @@ INFINITY = tl.constexpr(float("inf"))
 LARGEST_HALF = tl.constexpr(65504.0)
 
 
-@triton.jit(do_not_specialize=["first_layer", "first_state", "first_group", "first_anchor", "first_key", "S", "N", "A"])
+@kernel(
+    "first_layer", "first_state", "first_group", "first_anchor", "first_key", "S", "N", "A", aligned=("weight_ptr",)
+)
 def _mi_weights_kernel(
     hidden_table,  # [L] addresses of [S, N, D]
     out_table,  # [L] addresses of the gradients, 0 for none
@@ -218,20 +221,19 @@ def _derivative(score, rows, keys, inverse_temperature, BOUNDED: tl.constexpr, P
     return weight
 
 
-@triton.jit(
-    do_not_specialize=[
-        "first_layer",
-        "first_state",
-        "first_group",
-        "first_anchor",
-        "first_key",
-        "anchor_blocks",
-        "grad_losses_stride",
-        "stability_start",
-        "num_steps",
-        "S",
-        "N",
-    ]
+@kernel(
+    "first_layer",
+    "first_state",
+    "first_group",
+    "first_anchor",
+    "first_key",
+    "anchor_blocks",
+    "grad_losses_stride",
+    "stability_start",
+    "num_steps",
+    "S",
+    "N",
+    aligned=("weight_ptr",),
 )
 def _mi_gradient_kernel(
     hidden_table,  # [L] addresses of [S, N, D]

@@ -15,10 +15,11 @@ A token that the mask leaves out is read as zeros and has r = 0, so that its row
 import triton
 import triton.language as tl
 
+from carma_kernels.kernels.jit import kernel
 from carma_kernels.kernels.tiles import dot, has_layer, inverse_norm, layer_pointer, pid64, rounded
 
 
-@triton.jit(do_not_specialize=["T"])
+@kernel("T")
 def _similarity_norms_kernel(
     hidden_table,  # [L] addresses of [B, T, D]
     valid_ptr,  # [B, T] uint8
@@ -43,7 +44,7 @@ def _similarity_norms_kernel(
     tl.store(inverse_norm_ptr + place * T + token, inverse_norm(sum_of_squares), mask=token < T)
 
 
-@triton.jit(do_not_specialize=["T"])
+@kernel("T")
 def _similarity_forward_kernel(
     hidden_table,  # [L] addresses of [B, T, D]
     valid_ptr,  # [B, T] uint8
@@ -97,7 +98,7 @@ def _similarity_forward_kernel(
         tl.store(mirror_ptr, tl.trans(score), mask=j_exists[:, None] & i_exists[None, :])
 
 
-@triton.jit(do_not_specialize=["T"])
+@kernel("T")
 def _similarity_projection_kernel(
     hidden_table,  # [L] addresses of [B, T, D]
     valid_ptr,  # [B, T] uint8
@@ -141,7 +142,7 @@ def _similarity_projection_kernel(
         tl.store(projection_ptr + (first_i // BLOCK_T).to(tl.int64) * T + j, c_j, mask=j < T)
 
 
-@triton.jit(do_not_specialize=["T", "num_projections"])
+@kernel("T", "num_projections")
 def _similarity_backward_kernel(
     hidden_table,  # [L] addresses of [B, T, D]
     out_table,  # [L] addresses of [B, T, D], 0 for no gradient

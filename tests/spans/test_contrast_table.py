@@ -128,3 +128,14 @@ def test_covers_batch_can_be_either():
         True,
         False,
     ]
+
+
+@given(batch=batches())
+def test_tables_begin_at_multiples_of_16_bytes(batch: Batch) -> None:
+    """Triton compiles a kernel again for a pointer that is not, which another number of words would make one."""
+    for negatives in ("sequence", "batch"):
+        table = batch.spans.contrast_table(negatives)
+        assert table.word is not None
+        assert table.ranks is not None
+        for tensor in (*table[:4], table.word, *table.ranks[:-1]):
+            assert tensor.storage_offset() * tensor.element_size() % 16 == 0
