@@ -11,7 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import triton
+
 from carma_kernels._runtime import Target
+
+_TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,8 @@ class Configuration:
     """Bytes of an element, at least and at most."""
     shared_memory: int = 0
     """Bytes of shared memory that a device must have: those of a program, or of several where one would not do."""
+    not_with: tuple[tuple[int, int], ...] = ()
+    """Versions of Triton with which it spills registers, on some target in some variant (docs/compile_table.md)."""
     max_registers: int | None = None
     """Registers a thread may use, at most; None to leave it to the compiler. NVIDIA only."""
 
@@ -38,6 +44,7 @@ class Configuration:
             size <= self.max_size
             and self.min_bytes <= element_bytes <= self.max_bytes
             and self.shared_memory <= target.shared_memory
+            and _TRITON not in self.not_with
         )
 
     @property
@@ -95,11 +102,12 @@ TABLE: dict[str, list[Configuration]] = {
         _short(16, 128, 3, max_bytes=2),
         _short(32, 128, 3, max_bytes=2),
         _short(64, 64, 3, max_bytes=2, num_warps=8),
-        _short(128, 64, 2, max_bytes=2, num_warps=8),
+        _short(128, 64, 2, max_bytes=2, num_warps=8, not_with=((3, 6),)),
+        _short(128, 32, 3, max_bytes=2, num_warps=8),
         _short(16, 64, 3),
         _short(32, 64, 3),
         _short(64, 32, 3, num_warps=8),
-        _short(128, 16, 2, num_warps=8),
+        _short(128, 16, 2, rows=32, num_warps=8),
     ],
     # size: tokens of a group
     "short_backward": [
@@ -113,7 +121,7 @@ TABLE: dict[str, list[Configuration]] = {
         _short(32, 32, 2),
         _short(64, 32, 2, rows=32, num_warps=8, shared_memory=3 * 28 * 1024),  # 64 spill on sm_100, 32 on gfx942
         _short(64, 32, 2, num_warps=8),
-        _short(128, 16, 2, num_warps=8),
+        _short(128, 16, 2, rows=32, num_warps=8),
     ],
     # size: tokens of a group, in all three. A multiprocessor holds two programs of 8 warps at 128 registers a thread,
     # with 96 KB of shared memory each; where it does not have that, smaller tiles, as for fp32 without tensor cores.

@@ -16,12 +16,14 @@ summation (the dot product has r = 1 and no second term of d/dh_i).
 import triton
 import triton.language as tl
 
+from carma_kernels.kernels.jit import kernel
 from carma_kernels.kernels.stability import stencil_weights
 from carma_kernels.kernels.tiles import (
     has_layer,
     layer_pointer,
     load_rows,
     log_of_sum,
+    mask_if,
     pid64,
     rounded,
     softplus_sigmoid,
@@ -29,7 +31,7 @@ from carma_kernels.kernels.tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["first_layer", "N", "K", "stride_negatives_l"])
+@kernel("first_layer", "N", "K", "stride_negatives_l")
 def _pairs_forward_kernel(
     hidden_table,  # [L] addresses of [N, D]
     anchor_ptr,  # [P] int32
@@ -104,17 +106,7 @@ def _pairs_forward_kernel(
     tl.store(summary_ptr + row * 2 + 1, work)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "grad_losses_stride",
-        "stability_start",
-        "num_steps",
-        "first_layer",
-        "num_slots",
-        "num_edges",
-        "stride_start_l",
-    ]
-)
+@kernel("grad_losses_stride", "stability_start", "num_steps", "first_layer", "num_slots", "num_edges", "stride_start_l")
 def _pairs_backward_kernel(
     hidden_table,  # [L] addresses of [N, D]
     out_table,  # [L] addresses of [N, D], 0 for no gradient
@@ -177,7 +169,7 @@ def _pairs_backward_kernel(
     if COSINE:
         has_edges = start < stop  # padding and foreign tokens are not read
         r = tl.load(inverse_norm_ptr + token, mask=has_edges, other=0.0)
-        x = r * (x - work * r * load_rows(hidden_ptr, offset, in_row & has_edges))
+        x = r * (x - work * r * load_rows(hidden_ptr, offset, mask_if(in_row, has_edges)))
     x *= tl.load(grad_ptr + place)
     if HAS_STENCIL:
         takes_part = True
@@ -186,7 +178,7 @@ def _pairs_backward_kernel(
         before, after, own = stencil_weights(
             losses_ptr, scale_ptr, grad_losses_ptr, grad_losses_stride, layer, stability_start, num_steps
         )
-        mask = in_row & takes_part
+        mask = mask_if(in_row, takes_part)
         h = load_rows(hidden_ptr, offset, mask)
         x += stencil(h, hidden_table, layer, offset, mask, before, after, own, DTYPE, ALIGNMENT)
     out_ptr = layer_pointer(out_table, layer, DTYPE, ALIGNMENT)

@@ -17,6 +17,7 @@ with r the inverse norms (the dot product has r = 1 and no second term).
 import triton
 import triton.language as tl
 
+from carma_kernels.kernels.jit import kernel
 from carma_kernels.kernels.stability import step_weights
 from carma_kernels.kernels.tiles import (
     dot,
@@ -24,8 +25,10 @@ from carma_kernels.kernels.tiles import (
     has_layer,
     inverse_norm,
     layer_pointer,
+    load_factor,
     load_rows,
     log_of_sum,
+    mask_if,
     negatives_factor,
     neighbours,
     pid64,
@@ -49,13 +52,13 @@ def _kinds(token, start, word_ptr, mask_ptr, N, STABILITY: tl.constexpr, HAS_MAS
     """Of tokens of the group at `start`: their words, -1 for none; whether the stability loss takes them, or either."""
     is_token = token < N
     word = tl.load(word_ptr + start + token, mask=is_token, other=-1)
-    in_stability = is_token & STABILITY
+    in_stability = mask_if(is_token, STABILITY)
     if HAS_MASK:
         in_stability &= tl.load(mask_ptr + start + token, mask=is_token, other=0) != 0
     return word, in_stability, in_stability | (word >= 0)
 
 
-@triton.jit(do_not_specialize=["N", "start", "mi_start", "num_mi", "stability_start", "num_steps"])
+@kernel("N", "start", "mi_start", "num_mi", "stability_start", "num_steps")
 def _short_forward_kernel(
     hidden_table,  # [L] of [S, N, D]
     word_ptr,  # [S, N] int32, -1 for padding
@@ -111,30 +114,35 @@ def _short_forward_kernel(
     for first in tl.range(0, D, BLOCK_D, num_stages=NUM_BUFFERS):
         column = first + tl.arange(0, BLOCK_D)[None, :]
         reads = is_read[:, None] & (column < D)
-        others = tl.load(hidden + token[:, None] * D + column, mask=reads, other=0.0)  # [BLOCK_T, BLOCK_D]
-        x = others  # [BLOCK_M, BLOCK_D]
+        row_reads = row_is_read[:, None] & (column < D)
+        others = load_factor(hidden, token[:, None] * D + column, reads)  # [BLOCK_T, BLOCK_D]
+        rows = others  # [BLOCK_M, BLOCK_D]
         if BLOCKS > 1:
-            x = tl.load(hidden + row[:, None] * D + column, mask=row_is_read[:, None] & (column < D), other=0.0)
-        gram = dot(x, tl.trans(others), gram, PRECISION, INTERPRETED)
-        others = others.to(tl.float32)
-        energy += tl.sum(others * others, 1)
+            rows = load_factor(hidden, row[:, None] * D + column, row_reads)
+        gram = dot(rows, tl.trans(others), gram, PRECISION, INTERPRETED)
+        if COSINE or STABILITY:
+            x = load_rows(hidden, token[:, None] * D + column, reads)  # [BLOCK_T, BLOCK_D]
+            energy += tl.sum(x * x, 1)
         if STABILITY:
-            reads = takes_part[:, None] & (column < D) & has_step
-            step = load_rows(following, row[:, None] * D + column, reads) - x.to(tl.float32)
+            if BLOCKS > 1:
+                x = load_rows(hidden, row[:, None] * D + column, row_reads)  # [BLOCK_M, BLOCK_D]
+            step_reads = mask_if(takes_part[:, None] & (column < D), has_step)
+            step = load_rows(following, row[:, None] * D + column, step_reads) - x
             change += tl.sum(step * step, 1)
 
     gram = gram.to(tl.float32)
     # picked from all tokens' instead of added up again: a row's norm must have the same bits there
     row_energy = tl.sum(tl.where(row[:, None] == token[None, :], energy[None, :], 0.0), 1)  # [BLOCK_M]
     slot = group * BLOCK_T + row
+    every = row >= 0
     if STABILITY:
         # the sums over the tokens are left to the next kernel
         width = groups * BLOCK_T
         walked = tl.num_programs(1)
         sums = partials_ptr + slot
-        tl.store(sums + at * width, tl.where(takes_part, row_energy, 0.0), mask=in_stability)
-        tl.store(sums + (walked + at + 1) * width, tl.where(takes_part, change, 0.0), mask=has_step)
-        tl.store(sums + 2 * walked.to(tl.int64) * width, takes_part.to(tl.float32), mask=at == 0)
+        tl.store(sums + at * width, tl.where(takes_part, row_energy, 0.0), mask=mask_if(every, in_stability))
+        tl.store(sums + (walked + at + 1) * width, tl.where(takes_part, change, 0.0), mask=mask_if(every, has_step))
+        tl.store(sums + 2 * walked.to(tl.int64) * width, takes_part.to(tl.float32), mask=mask_if(every, at == 0))
 
     positive, negative, earlier = _relations(row, row_word, token, word)
     positive &= earlier
@@ -153,9 +161,10 @@ def _short_forward_kernel(
     cost, sigma = softplus_sigmoid(matched[:, None] - score)
     pull = tl.sum(tl.where(positive, sigma, 0.0), 1)
     mi_layer = layer - mi_start
-    tl.store(mi_partials_ptr + mi_layer * groups * BLOCK_T + slot, tl.sum(tl.where(positive, cost, 0.0), 1), mask=in_mi)
+    cost = tl.sum(tl.where(positive, cost, 0.0), 1)
+    tl.store(mi_partials_ptr + mi_layer * groups * BLOCK_T + slot, cost, mask=mask_if(every, in_mi))
     place = (mi_layer * groups + group) * N + row
-    writes = (row < N) & in_mi
+    writes = mask_if(row < N, in_mi)
     state = state_ptr + mi_layer * groups * N + place
     tl.store(state, matched, mask=writes)
     tl.store(state + groups * N, negatives_factor(pull, matched, largest, total), mask=writes)
@@ -187,7 +196,7 @@ def _derivative(score, relations, row_state, token_state):
     return tl.where(positive, -sigma, weight)
 
 
-@triton.jit(do_not_specialize=["N", "mi_start", "num_mi", "stability_start", "num_steps", "grad_losses_stride"])
+@kernel("N", "mi_start", "num_mi", "stability_start", "num_steps", "grad_losses_stride")
 def _short_backward_kernel(
     hidden_table,  # [L] of [S, N, D]
     out_table,  # [L] of [S, N, D], 0 for a layer without gradient
@@ -231,21 +240,21 @@ def _short_backward_kernel(
         return
 
     token = tl.arange(0, BLOCK_T)
-    word = tl.load(word_ptr + group * N + token, mask=(token < N) & in_mi, other=-1)
+    word = tl.load(word_ptr + group * N + token, mask=mask_if(token < N, in_mi), other=-1)
     valid = word >= 0
     row = tl.program_id(0) % BLOCKS * BLOCK_M + tl.arange(0, BLOCK_M)
     row_word, takes_part, is_read = _kinds(row, group * N, word_ptr, mask_ptr, N, STABILITY, HAS_MASK)
-    in_loss = (row_word >= 0) & in_mi
+    in_loss = mask_if(row_word >= 0, in_mi)
     group_offset = group * N * D
     hidden = layer_pointer(hidden_table, layer, DTYPE, ALIGNMENT) + group_offset
     gram = gram_accumulator(BLOCK_M, BLOCK_T, INTERPRETED)
     for first in tl.range(0, tl.where(in_mi, D, 0), BLOCK_D, num_stages=NUM_BUFFERS):
         column = first + tl.arange(0, BLOCK_D)[None, :]
-        others = tl.load(hidden + token[:, None] * D + column, mask=valid[:, None] & (column < D), other=0.0)
-        x = others
+        others = load_factor(hidden, token[:, None] * D + column, valid[:, None] & (column < D))
+        rows = others
         if BLOCKS > 1:
-            x = tl.load(hidden + row[:, None] * D + column, mask=in_loss[:, None] & (column < D), other=0.0)
-        gram = dot(x, tl.trans(others), gram, PRECISION, INTERPRETED)
+            rows = load_factor(hidden, row[:, None] * D + column, in_loss[:, None] & (column < D))
+        gram = dot(rows, tl.trans(others), gram, PRECISION, INTERPRETED)
     gram = gram.to(tl.float32)
 
     place = (mi_layer * groups + group) * N
@@ -289,13 +298,11 @@ def _short_backward_kernel(
     columns = tl.cdiv(tl.cdiv(D, BLOCK_D), pieces) * BLOCK_D
     for first in tl.range(piece * columns, tl.minimum((piece + 1) * columns, D), BLOCK_D, num_stages=NUM_BUFFERS):
         column = first + tl.arange(0, BLOCK_D)[None, :]
-        others = tl.load(hidden + token[:, None] * D + column, mask=valid[:, None] & (column < D), other=0.0)
+        others = load_factor(hidden, token[:, None] * D + column, valid[:, None] & (column < D))
         zero = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         gradient = dot(weight_rounded, others, zero, PRECISION, INTERPRETED) * row_factor[:, None]
         offset = row[:, None] * D + column
-        x = others.to(tl.float32)  # [BLOCK_M, BLOCK_D]
-        if STABILITY or BLOCKS > 1:
-            x = load_rows(hidden, offset, is_read[:, None] & (column < D))
+        x = load_rows(hidden, offset, is_read[:, None] & (column < D))  # [BLOCK_M, BLOCK_D]
         if COSINE:
             gradient -= tl.where(in_loss[:, None], x * own[:, None], 0.0)
         if STABILITY:

@@ -13,10 +13,11 @@ With `energy_l = mean(h_l^2)`, `change_l = mean((h_{l+1} - h_l)^2)` over the N e
 import triton
 import triton.language as tl
 
-from carma_kernels.kernels.tiles import has_layer, inverse_norm, layer_pointer, load_rows, pid64, rounded
+from carma_kernels.kernels.jit import kernel
+from carma_kernels.kernels.tiles import has_layer, inverse_norm, layer_pointer, load_rows, mask_if, pid64, rounded
 
 
-@triton.jit(do_not_specialize=["start", "stop", "norms_start", "norms_stop", "N"])
+@kernel("start", "stop", "norms_start", "norms_stop", "N")
 def _stability_forward_kernel(
     hidden_table,  # [L] of [N, D]
     mask_ptr,  # [N] uint8, rows in the sums
@@ -64,7 +65,7 @@ def _stability_forward_kernel(
             partial += programs
             before = x
         wants_norms = (layer >= norms_start) & (layer < norms_stop)
-        tl.store(norms + row, inverse_norm(energy), mask=is_row & wants_norms)
+        tl.store(norms + row, inverse_norm(energy), mask=mask_if(is_row, wants_norms))
         norms += N
     if SUMS:
         tl.store(partial + changes, tl.sum(takes_part.to(tl.float32), 0))
@@ -80,7 +81,7 @@ def _row_sum(row_ptr, width, BLOCK: tl.constexpr):
     return tl.sum(total, 0)
 
 
-@triton.jit(do_not_specialize=["mi_width", "width", "walked", "first", "num_mi", "num_steps"])
+@kernel("mi_width", "width", "walked", "first", "num_mi", "num_steps")
 def _finalize_kernel(
     mi_partials_ptr,  # [num_mi, mi_width]
     sums_ptr,  # [num_mi] out
@@ -135,7 +136,7 @@ def stencil_weights(losses_ptr, scale_ptr, grad_ptr, grad_stride, layer, start, 
     return before, after, -(pull_before + pull_after)
 
 
-@triton.jit(do_not_specialize=["start", "num_steps", "grad_stride", "skip_start", "skip_stop", "L", "N"])
+@kernel("start", "num_steps", "grad_stride", "skip_start", "skip_stop", "L", "N")
 def _stability_backward_kernel(
     hidden_table,  # [L] of [N, D]
     out_table,  # [L] of [N, D], 0 for a layer without gradient
@@ -171,7 +172,7 @@ def _stability_backward_kernel(
 
     # rolling through the layers: h_l, h_l - h_{l-1}, and the weights of the step between them
     first = layer_pointer(hidden_table, start, DTYPE, ALIGNMENT)
-    x = load_rows(first, offset, reads & (num_steps > 0))
+    x = load_rows(first, offset, mask_if(reads, num_steps > 0))
     step_in = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float32)
     before = 0.0
     pull_before = 0.0
@@ -180,14 +181,14 @@ def _stability_backward_kernel(
         after, pull_after = step_weights(losses_ptr, scale_ptr, grad_ptr, grad_stride, step, num_steps)
         has_after = (step >= 0) & (step < num_steps)
         following = layer_pointer(hidden_table, layer + has_after.to(tl.int32), DTYPE, ALIGNMENT)
-        next_x = load_rows(following, offset, reads & has_after)
+        next_x = load_rows(following, offset, mask_if(reads, has_after))
         step_out = tl.where(has_after, next_x - x, 0.0)
         gradient = before * step_in - after * step_out - (pull_before + pull_after) * x
         in_loss = (step >= 0) & (step <= num_steps) & (num_steps > 0)
         gradient = tl.where(in_loss, gradient, 0.0)
         writes = has_layer(out_table, layer) & ((layer < skip_start) | (layer >= skip_stop))
         out = layer_pointer(out_table, layer, DTYPE, ALIGNMENT)
-        tl.store(out + offset, rounded(gradient, DTYPE, INTERPRETED), mask=inside & writes)
+        tl.store(out + offset, rounded(gradient, DTYPE, INTERPRETED), mask=mask_if(inside, writes))
         step_in = step_out
         x = tl.where(has_after, next_x, x)
         before = after

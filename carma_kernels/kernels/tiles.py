@@ -37,9 +37,30 @@ def has_layer(table, layer):
 
 
 @triton.jit
+def mask_if(mask, condition):
+    """A block's mask where a condition on the whole block holds, and nothing otherwise.
+
+    The interpreter broadcasts a condition as a number, and from Triton 3.9 on does not take numbers for a mask;
+    compiled, the comparison is nothing.
+    """
+    return (mask & condition) != 0
+
+
+@triton.jit
 def load_rows(layer_ptr, offset, mask):
     """Elements of a layer in fp32, 0 where masked."""
     return tl.load(layer_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_factor(layer_ptr, offset, mask):
+    """Elements of a layer as they lie, 0 where masked, for a `dot` in a loop and for nothing else.
+
+    Triton gives a tile that a pipelined product shares with another use a buffer too few, and on sm_90 overwrites it
+    while the tensor cores read it (triton-lang/triton#6691). Whoever needs the elements elsewhere loads them again; the
+    cache modifier, which is what a load does anyway, keeps the compiler from taking the two loads for one.
+    """
+    return tl.load(layer_ptr + offset, mask=mask, other=0.0, cache_modifier=".ca")
 
 
 @triton.jit
@@ -136,8 +157,8 @@ def neighbours(table, layer, before, after, DTYPE: tl.constexpr, ALIGNMENT: tl.c
 def stencil_of(x, previous, following, offset, mask, before, after, own):
     """`stencil` with the `neighbours` at hand: in a loop, their addresses are to be loaded before it."""
     # as integers: the interpreter does not broadcast a comparison of single floats
-    has_before = mask & ((before != 0).to(tl.int32) > 0)
-    has_after = mask & ((after != 0).to(tl.int32) > 0)
+    has_before = mask_if(mask, (before != 0).to(tl.int32) > 0)
+    has_after = mask_if(mask, (after != 0).to(tl.int32) > 0)
     gradient = tl.where(has_before, before * (x - load_rows(previous, offset, has_before)), 0.0)
     gradient -= tl.where(has_after, after * (load_rows(following, offset, has_after) - x), 0.0)
     return gradient + tl.where(has_before | has_after, own * x, 0.0)

@@ -1,11 +1,11 @@
 """Compile every kernel as it would be launched, for devices that are not there, and look at what came out.
 
-    python -m carma_kernels.ops.compile [--targets sm_90 gfx942] [--subset] [--part 1/4] [--markdown]
+    python -m carma_kernels.ops.compile [--targets sm_90 gfx942] [--subset] [--part 1/4]
 
 The operators are called on problems that together take every turn of the launch table. Where a kernel would be launched
 it is compiled instead, for each target, by Triton's own assemblers: neither a GPU nor a driver is needed. The exit code
 is 1 if a kernel spills registers, needs more shared memory than the target has, or, for halves, multiplies tiles
-without the matrix units or without a load of 16 bytes.
+without the matrix units or without a load of 16 bytes; or overwrites a tile that is still being multiplied.
 
 All of it takes a core half an hour. Triton keeps what it has compiled (`TRITON_CACHE_DIR`), so a run that was stopped
 goes on where it was, several at a time do not get in each other's way (`--part 1/2`, `--part 2/2`), and the run after
@@ -15,17 +15,11 @@ them, which prints the whole table, takes minutes.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
-import re
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, TextIO
 from unittest.mock import patch
 
@@ -33,11 +27,11 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.runtime.cache import get_cache_manager
 
 from carma_kernels import _runtime
 from carma_kernels._terms import MITerm, Similarity, StabilityTerm
 from carma_kernels.ops import carma_terms, pairwise_similarity
+from carma_kernels.ops.machine_code import Resources, resources
 from carma_kernels.pairs import PairIndex
 from carma_kernels.spans import TokenSpans
 
@@ -48,20 +42,6 @@ GPU_TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_RESOURCES = f"resources-{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]}.json"
-"""Where, in Triton's cache, this version of the tool keeps what it has found: disassembly takes as long as the rest."""
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What a compiled kernel needs, and which instructions it uses."""
-
-    registers: int
-    shared_memory: int
-    spilled: int  # bytes
-    matrix_instructions: int
-    wide_loads: int  # of 16 bytes, from global memory
-    multiplies_tiles: bool
 
 
 @dataclass(frozen=True)
@@ -73,7 +53,6 @@ class Compiled:
     dtype: torch.dtype
     target: _runtime.Target
     resources: Resources | str  # or why it does not compile
-    seconds: float = 0.0  # that it took, to be read from Triton's cache if it was there
 
     @property
     def kernel_name(self) -> str:
@@ -97,6 +76,8 @@ class Compiled:
             faults.append(f"spills {found.spilled} bytes")
         if found.shared_memory > self.target.shared_memory:
             faults.append(f"needs {found.shared_memory} of {self.target.shared_memory} bytes of shared memory")
+        if found.overwritten_tiles:
+            faults.append(f"overwrites {found.overwritten_tiles} tiles that a product may be reading")
         if self.dtype.itemsize == 2 and found.multiplies_tiles:
             if not found.matrix_instructions:
                 faults.append("multiplies without the matrix units")
@@ -216,14 +197,10 @@ class Compiler:
         with self._recorded() as launches:
             problem(dtype)
         for kernel, args, kwargs in launches:
-            constants = {name: value for name, value in kwargs.items() if name not in ("DTYPE", "INTERPRETED")}
-            arguments = ", ".join(f"{name}={value}" for name, value in constants.items())
-            key = (kernel.__name__, arguments, dtype)
+            key = (kernel.__name__, constants(kwargs), dtype)
             if key not in self._done:
                 self._done.add(key)
-                begin = time.monotonic()
-                resources = self._compile(kernel, args, kwargs)
-                yield Compiled(*key, self._target, resources, time.monotonic() - begin)
+                yield Compiled(*key, self._target, self._compile(kernel, args, kwargs))
 
     @contextmanager
     def _recorded(self) -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
@@ -241,14 +218,7 @@ class Compiler:
             compiled = kernel.run(*args, grid=(1,), warmup=True, **kwargs)
         except Exception as error:  # whatever a compiler pass raises is the finding
             return f"does not compile: {_reason(error)}"
-        cache = get_cache_manager(compiled.hash)
-        kept = cache.get_file(_RESOURCES)
-        if kept is not None:
-            return Resources(**json.loads(Path(kept).read_text()))
-        inspect = _of_amd if GPU_TARGETS[self._target.name].backend == "hip" else _of_nvidia
-        found = inspect(compiled)
-        cache.put(json.dumps(asdict(found)), _RESOURCES, binary=False)
-        return found
+        return resources(compiled)
 
 
 def _reason(error: BaseException) -> str:
@@ -259,58 +229,24 @@ def _reason(error: BaseException) -> str:
     return words if len(words) < 400 else f"{words[:100]} ... {words[-300:]}"
 
 
-def _of_nvidia(compiled: Any) -> Resources:
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        usage = _output(tools / "cuobjdump", "--dump-resource-usage", cubin)
-        sass = _output(tools / "nvdisasm", "--print-code", cubin)
-    loads_and_stores_of_spills = re.findall(r"\b(?:LDL|STL)\b", sass)
-    stack = int(re.findall(r"STACK:(\d+)", usage)[-1])
-    return Resources(
-        registers=int(re.findall(r"REG:(\d+)", usage)[-1]),
-        shared_memory=compiled.metadata.shared,
-        spilled=max(stack, len(loads_and_stores_of_spills)),
-        matrix_instructions=len(re.findall(r"\b(?:HGMMA|HMMA|UTC\w*MMA)\b", sass)),
-        wide_loads=len(re.findall(r"\b(?:LDG|LDGSTS)\.\S*128\b|\bUTMALDG|\bUBLKCP", sass)),
-        multiplies_tiles="tt.dot" in compiled.asm["ttir"],
-    )
-
-
-def _of_amd(compiled: Any) -> Resources:
-    assembly = compiled.asm["amdgcn"]
-
-    def total(name: str) -> int:
-        return sum(int(number) for number in re.findall(rf"\.{name}:\s+(\d+)", assembly))
-
-    return Resources(
-        registers=total("vgpr_count"),
-        shared_memory=compiled.metadata.shared,
-        # scalar registers are spilled to lanes of vector registers, not to memory
-        spilled=max(total("private_segment_fixed_size"), 4 * total("vgpr_spill_count")),
-        matrix_instructions=len(re.findall(r"\bv_s?mfma", assembly)),
-        wide_loads=len(re.findall(r"\b(?:global|buffer)_load_dwordx4\b", assembly)),
-        multiplies_tiles="tt.dot" in compiled.asm["ttir"],
-    )
-
-
-def _output(*command: Any) -> str:
-    return subprocess.run([str(word) for word in command], check=True, capture_output=True, text=True).stdout
+def constants(options: Mapping[str, Any]) -> str:
+    """What is constant in a kernel, of the keyword arguments of its launch, as the table names it."""
+    return ", ".join(f"{name}={value}" for name, value in options.items() if name not in ("DTYPE", "INTERPRETED"))
 
 
 COLUMNS = (
-    *("target", "kernel", "dtype", "constants", "registers", "shared KiB", "spilled", "matrix", "16-byte loads"),
-    "seconds",
+    *("target", "kernel", "dtype", "constants"),
+    *("registers", "shared KiB", "spilled", "matrix", "16-byte loads", "faults"),
 )
+"""`matrix`: how many matrix instructions, of kernels that multiply tiles"""
 
 
 def row(compiled: Compiled) -> tuple[str, ...]:
     """A line of the table, as `COLUMNS`."""
     head = (compiled.target.name, compiled.kernel_name, compiled.dtype_name, compiled.arguments)
-    found = compiled.resources
+    found, faults = compiled.resources, "; ".join(compiled.faults)
     if isinstance(found, str):
-        return (*head, found)
+        return (*head, *[""] * 5, faults)
     return (
         *head,
         str(found.registers),
@@ -318,61 +254,8 @@ def row(compiled: Compiled) -> tuple[str, ...]:
         str(found.spilled),
         str(found.matrix_instructions) if found.multiplies_tiles else "",
         str(found.wide_loads),
-        f"{compiled.seconds:.1f}",
+        faults,
     )
-
-
-def markdown(table: Sequence[Compiled]) -> Iterator[str]:
-    """The lines of a page: of each kernel a table, with a column for each target."""
-    targets = list(dict.fromkeys(compiled.target.name for compiled in table))
-    yield from _INTRODUCTION.format(version=triton.__version__, targets=", ".join(targets)).splitlines()
-    faults = [
-        f"`{compiled.kernel_name}`, {compiled.target.name}: {fault}" for compiled in table for fault in compiled.faults
-    ]
-    yield from ("", f"{len(table)} compilations, {len(faults)} faults.", *(f"- {fault}" for fault in faults))
-    for kernel in dict.fromkeys(compiled.kernel_name for compiled in table):
-        yield from ("", f"## {kernel}", "")
-        yield "| dtype | variant | blocks | " + " | ".join(targets) + " |"
-        yield "| --- | --- | --- |" + " --- |" * len(targets)
-        cells: dict[tuple[str, str, str], dict[str, str]] = {}
-        for compiled in table:
-            if compiled.kernel_name == kernel:
-                key = (compiled.dtype_name, *_variant_and_blocks(compiled.arguments))
-                cells.setdefault(key, {})[compiled.target.name] = _cell(compiled.resources)
-        for key, found in cells.items():
-            yield "| " + " | ".join((*key, *(found.get(target, "") for target in targets))) + " |"
-
-
-_INTRODUCTION = """\
-# What the kernels compile to
-
-Made by `python -m carma_kernels.ops.compile --markdown > docs/compile_table.md` with Triton {version}, without a GPU,
-for {targets}: every kernel in every configuration that
-[the launch table](../carma_kernels/kernels/launch.py) can pick, in every dtype.
-
-A cell reads "registers a thread / KiB of shared memory a program", then *m* and the number of matrix instructions, for
-kernels that multiply tiles, and *w* and the number of 16-byte loads from global memory; it is empty where the target is
-given other blocks. A spill is a fault, except where layers may lie at any address (`ALIGNMENT` below 16: an odd width,
-say) and are loaded element by element."""
-
-
-def _variant_and_blocks(arguments: str) -> tuple[str, str]:
-    """The constants in two: what is computed, with what does not hold left out; and how it is cut up."""
-    variant, blocks = [], []
-    for name, value in (argument.split("=") for argument in arguments.split(", ") if argument):
-        if name.startswith(("BLOCK", "NUM_", "PIECES", "num_", "maxnreg")):
-            blocks.append(f"{name}={value}")
-        elif value != "False":
-            variant.append(name if value == "True" else f"{name}={value}")
-    return " ".join(variant), " ".join(blocks)
-
-
-def _cell(found: Resources | str) -> str:
-    if isinstance(found, str):
-        return f"**{found}**"
-    matrix = f" m{found.matrix_instructions}" if found.multiplies_tiles else ""
-    spilled = f" **spills {found.spilled}**" if found.spilled else ""
-    return f"{found.registers} / {found.shared_memory / 1024:.0f}{matrix} w{found.wide_loads}{spilled}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -385,7 +268,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="problems whose name contains this")
     parser.add_argument("--subset", action="store_true", help="one problem of each kind, in bfloat16 unless told")
     parser.add_argument("--part", type=_part, default=(1, 1), metavar="I/N", help="every Nth problem, from the Ith on")
-    parser.add_argument("--markdown", action="store_true", help="print a Markdown page at the end")
     asked = parser.parse_args(arguments)
     if _runtime.target(torch.device("cpu")) is _runtime.INTERPRETER:
         parser.error("Triton's interpreter is on, which compiles nothing: unset TRITON_INTERPRET.")
@@ -404,15 +286,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     part, parts = asked.part
     begin, table = time.monotonic(), []
-    if not asked.markdown:
-        write("\t".join(COLUMNS))
+    write("\t".join(COLUMNS))
     for compiler, dtype, problem in _with_progress(jobs[part - 1 :: parts]):
         for compiled in compiler.compile(problem, dtype):
             table.append(compiled)
-            if not asked.markdown:
-                write("\t".join(row(compiled)))
-    for line in markdown(table) if asked.markdown else ():
-        write(line)
+            write("\t".join(row(compiled)))
     failed = ["\t".join((*row(compiled)[:4], fault)) for compiled in table for fault in compiled.faults]
     write(f"{len(table)} kernels in {time.monotonic() - begin:.0f} s, {len(failed)} faults", sys.stderr)
     for fault in failed:

@@ -42,7 +42,7 @@ def test_the_longest_short_groups_compile(target: str) -> None:
 
 def test_parts_of_the_work() -> None:
     """Every kernel is in one part, and a part that does not exist is refused."""
-    before = "from carma_kernels.ops import compile\ncompile.Compiler._compile = lambda *_: compile.Resources(*[1] * 6)"
+    before = "from carma_kernels.ops import compile\ncompile.Compiler._compile = lambda *_: compile.Resources(*[1] * 7)"
     whole, *parts = (
         run("--subset", "--targets", "sm_90", "--only", "D=768", *part, before=before).stdout.splitlines()[1:]
         for part in ((), ("--part", "1/2"), ("--part", "2/2"))
@@ -88,6 +88,7 @@ def test_faults() -> None:
     assert not faults()
     assert not faults("gfx942")
     assert faults(spilled=4) == "spills 4 bytes"
+    assert "overwrites 1 tile" in faults(overwritten_tiles=1)
     assert "shared memory" in faults("gfx942", shared_memory=64 * 1024 + 1)
     assert not faults(shared_memory=64 * 1024 + 1)
     assert "matrix units" in faults(matrix_instructions=0)
@@ -97,26 +98,28 @@ def test_faults() -> None:
     assert not faults(matrix_instructions=0, wide_loads=0, multiplies_tiles=False)
 
 
-def test_the_page() -> None:
-    """A row for a kernel's constants, a cell for each target, and the faults at the top."""
+def test_a_line_of_the_table() -> None:
     from carma_kernels import _runtime
-    from carma_kernels.ops.compile import Compiled, Resources, markdown
+    from carma_kernels.ops.compile import COLUMNS, Compiled, Resources, row
 
-    arguments = "COSINE=True, HAS_MASK=False, ALIGNMENT=16, BLOCK_T=64, num_warps=8"
-    good, spilled = Resources(128, 98304, 0, 4, 24, multiplies_tiles=True), Resources(255, 0, 8, 0, 2, False)
-    table = [
-        Compiled("_short_kernel", arguments, torch.bfloat16, _runtime.TARGETS["sm_90"], good),
-        Compiled("_short_kernel", arguments, torch.bfloat16, _runtime.TARGETS["sm_80"], spilled),
-        Compiled("_other_kernel", "BLOCK=1", torch.float32, _runtime.TARGETS["sm_80"], "does not compile: so"),
-    ]
-    page = list(markdown(table))
-    assert (
-        "| bfloat16 | COSINE ALIGNMENT=16 | BLOCK_T=64 num_warps=8 | 128 / 96 m4 w24 | 255 / 0 w2 **spills 8** |"
-        in page
+    target = _runtime.TARGETS["sm_80"]
+    spilled = Resources(255, 98304, 8, 0, 2, multiplies_tiles=False)
+    line = row(Compiled("_short_kernel", "BLOCK_T=64, num_warps=8", torch.bfloat16, target, spilled))
+    assert line == (
+        "sm_80",
+        "short",
+        "bfloat16",
+        "BLOCK_T=64, num_warps=8",
+        "255",
+        "96",
+        "8",
+        "",
+        "2",
+        "spills 8 bytes",
     )
-    assert "| float32 |  | BLOCK=1 |  | **does not compile: so** |" in page
-    assert "3 compilations, 2 faults." in page
-    assert "- `short`, sm_80: spills 8 bytes" in page
+    line = row(Compiled("_other_kernel", "BLOCK=1", torch.float32, target, "does not compile: so"))
+    assert line == ("sm_80", "other", "float32", "BLOCK=1", "", "", "", "", "", "does not compile: so")
+    assert len(line) == len(COLUMNS)
 
 
 def test_the_interpreter_cannot_compile(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
