@@ -25,7 +25,7 @@ class Target:
     shared_memory: int
     """Bytes a program may use."""
     capability: tuple[int, int] | None = None
-    """NVIDIA's compute capability; None for anything else."""
+    """NVIDIA's compute capability; None for AMD."""
 
 
 TARGETS = {
@@ -38,8 +38,12 @@ TARGETS = {
     )
 }
 """Those that the kernels are compiled for ahead of time"""
-INTERPRETER = Target("interpreter", 227 * 1024)
-"""Triton's interpreter, on tensors of any device"""
+INTERPRETER = Target("interpreter", 227 * 1024, (9, 0))
+"""Triton's interpreter, on tensors of any device, with the block sizes of an H100"""
+
+
+MOST_SEQUENCES = 2**16 - 1
+"""Programs along the second and third axis of a CUDA grid, where kernels for long sequences count these"""
 
 
 def target(device: torch.device) -> Target | None:

@@ -265,6 +265,11 @@ class _Problem:
         self._dtype = hidden.present.dtype
         self._cosine = similarity.cosine
         self._target = target(hidden.present.device)
+        if self.S > _runtime.MOST_SEQUENCES:
+            raise ValueError(
+                f"hidden_states have {self.S} sequences of {T} tokens; the triton backend takes up to "
+                f"{_runtime.MOST_SEQUENCES} of more than 128. Use smaller batches, or backend='torch'."
+            )
         if pairs.num_pairs > _INT32_MAX:
             raise ValueError(f"spans_or_pairs makes {pairs.num_pairs} pairs; more than 2^31 - 1 cannot be numbered.")
 

@@ -51,7 +51,12 @@ def pairwise_similarity(
     """`[len(layers), B, T, T]` in `out_dtype`: see `carma_kernels.pairwise_similarity`."""
     arguments = similarity_arguments(hidden, layers, similarity, mask, out_dtype)
     check_dtype(arguments.hidden[0])
-    T, D = arguments.hidden[0].shape[-2:]
+    B, T, D = arguments.hidden[0].shape[-3:]
+    if B > _runtime.MOST_SEQUENCES:
+        raise ValueError(
+            f"hidden_states have {B} sequences; the triton backend takes up to {_runtime.MOST_SEQUENCES} for a matrix. "
+            "Use smaller batches, or backend='torch'."
+        )
     if T * D > _INT32_MAX:
         raise ValueError(
             f"hidden_states have sequences of {T} tokens with {D} numbers each; the triton backend takes sequences of "

@@ -81,3 +81,13 @@ def test_two_launches_a_workspace_chunk(device: str, monkeypatch: pytest.MonkeyP
     chunks = backward["_mi_weights_kernel"]
     assert chunks > 1
     assert backward == {"_mi_weights_kernel": chunks, "_mi_gradient_kernel": chunks}
+
+
+def test_more_sequences_than_a_grid_takes(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of long sequences and for a matrix. Short sequences, listed pairs and the stability loss are not limited."""
+    monkeypatch.setattr(_runtime, "MOST_SEQUENCES", 1)
+    for loss, T in (("mi", LONG), ("carma", LONG), ("similarity", SHORT)):
+        with pytest.raises(ValueError, match=r"2 sequences.* up to 1 .*backend='torch'"):
+            launches(LOSSES[loss], 2, T, device)
+    for loss, T in (("mi", SHORT), ("batch", LONG), ("listed", LONG), ("stability", LONG)):
+        launches(LOSSES[loss], 2, T, device)
