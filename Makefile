@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup test test-interpreter test-gpu published lint types demo evaluate bench bench-smoke bench-gpu tune doctor verify clean
+.PHONY: help setup test test-interpreter test-triton test-gpu-quick test-gpu test-gpu-sanitizer published lint types demo evaluate bench bench-smoke bench-gpu tune doctor verify clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -33,9 +33,48 @@ ON_TRITON := tests/kernels tests/ops tests/contracts tests/metamorphic tests/con
 test-interpreter: $(READY)  ## the Triton kernels in the interpreter, to the last case: an hour
 	$(ONE_THREAD) TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto $(ON_TRITON)
 
-test-gpu: $(READY)  ## everything on this machine's GPU: needs one
-	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else f"make test-gpu needs a GPU, and torch {torch.__version__} finds none that it can use: see make doctor")'
-	CARMA_KERNELS_TEST_DEVICE=cuda CUBLAS_WORKSPACE_CONFIG=:4096:8 $(BIN)/python -m pytest tests/ops tests/contracts tests/metamorphic tests/kernels tests/gpu
+TRITON ?= 3.9.0
+OTHER := .venv-triton-$(TRITON)
+
+test-triton:  ## the Triton kernels in the interpreter of another version: TRITON=3.9.0
+	$(MAKE) setup VENV=$(OTHER)
+	$(OTHER)/bin/python -m pip install --quiet --no-deps triton==$(TRITON)
+	$(ONE_THREAD) TRITON_INTERPRET=1 $(OTHER)/bin/python -m pytest -n auto $(ON_TRITON) -m 'not thorough'
+
+# On a GPU that is lent for minutes: tests side by side, but for those that need it to themselves. A warning that only
+# such a machine gives is shown and fails nothing; a test that hangs is ended, and so are many that fail.
+# JOBS: processes; JUNIT: a folder for results; PYTEST_ARGS: more for pytest
+JOBS ?= 12
+JUNIT ?=
+PYTEST_ARGS ?=
+ON_GPU := CARMA_KERNELS_TEST_DEVICE=cuda CUBLAS_WORKSPACE_CONFIG=:4096:8 $(ONE_THREAD) $(BIN)/python -m pytest -q -W default -p no:cacheprovider --maxfail 60 --timeout 120
+RESULTS = $(if $(JUNIT),--junitxml $(JUNIT)/$@-$(1).xml) $(PYTEST_ARGS)
+SIDE_BY_SIDE = $(ON_GPU) -n $(JOBS) --dist worksteal --timeout-method thread -m 'not alone' $(call RESULTS,side-by-side)
+ALONE = $(ON_GPU) -m alone $(call RESULTS,alone)
+FIND_GPU := $(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else f"this needs a GPU, and torch {torch.__version__} finds none that it can use: see make doctor")'
+GRID := tests/ops tests/kernels --ignore tests/kernels/test_compile.py
+QUICK := $(addprefix tests/gpu/test_,shapes.py device.py graphs.py scores.py first_call.py)
+REST := $(filter-out $(QUICK) tests/gpu/test_sanitizer.py,$(wildcard tests/gpu/test_*.py))
+
+test-gpu-quick: $(READY)  ## on this machine's GPU, in minutes: what is installed, and whether the kernels are right
+	@$(FIND_GPU)
+	status=0; \
+	$(BIN)/python -m carma_kernels doctor || status=1; \
+	$(BIN)/python -m carma_kernels verify --backend triton --device cuda --cases 1 || status=1; \
+	$(SIDE_BY_SIDE) $(QUICK) $(GRID) || status=1; \
+	$(ALONE) $(QUICK) || status=1; \
+	exit $$status
+
+test-gpu: $(READY)  ## the rest of it: contracts, races, memory, large tensors, the tap, compiled steps, speed
+	@$(FIND_GPU)
+	status=0; \
+	$(SIDE_BY_SIDE) tests/contracts tests/metamorphic $(REST) || status=1; \
+	$(ALONE) $(REST) || status=1; \
+	exit $$status
+
+test-gpu-sanitizer: $(READY)  ## every kernel under compute-sanitizer, on small problems
+	@$(FIND_GPU)
+	$(ALONE) tests/gpu/test_sanitizer.py
 
 published: $(READY)  ## the published repository's training loop with swapped imports: CARMA_PUBLISHED_CODE=its/checkout
 	@test -d "$(CARMA_PUBLISHED_CODE)/src" || { echo 'set CARMA_PUBLISHED_CODE to a checkout of github.com/nura-j/CARMA, commit 0106af6'; exit 2; }
@@ -73,4 +112,4 @@ verify: $(READY)  ## this installation against its own fp64 oracle
 	$(BIN)/python -m carma_kernels verify
 
 clean:  ## remove the virtual environment and everything generated
-	rm -rf $(VENV) runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) .venv-triton-* runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -32,3 +33,24 @@ def op(request: pytest.FixtureRequest) -> Op:
     """Each loss in turn."""
     chosen: Op = request.param
     return chosen
+
+
+@pytest.fixture
+def measured(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
+    """`measured(line)` has the line printed in the summary, also from pytest-xdist's processes."""
+    return lambda line: record_property("measured", line)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What the tests have measured."""
+    properties = [
+        entry
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        for entry in getattr(report, "user_properties", ())
+    ]
+    lines = dict.fromkeys(str(value) for name, value in properties if name == "measured")
+    if lines:
+        terminalreporter.section("measured")
+        for line in lines:
+            terminalreporter.line(line)

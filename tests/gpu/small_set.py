@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
+
 import torch
 
 import carma_kernels as ck
 from carma_kernels import CarmaConfig, TokenSpans
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = ("float32", "float16", "bfloat16")
 LENGTHS = (13, 70, 131)  # one tile, several rows of tiles, and the path for long sequences
 
 
 def main() -> None:
     """Forward and backward, odd sizes throughout."""
-    for dtype in DTYPES:
-        for T in LENGTHS:
+    parser = argparse.ArgumentParser(prog="python -m tests.gpu.small_set", description=__doc__)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
+    parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS)
+    asked = parser.parse_args()
+    for dtype in (getattr(torch, name) for name in asked.dtypes):
+        for T in asked.lengths:
             spans = TokenSpans.from_lists([[(1, 4), (T - 3, T)], [(0, 2)]], seq_len=T)
             pairs = spans.sample_pairs(3, torch.Generator().manual_seed(0)).to("cuda")
             spans = spans.to("cuda")

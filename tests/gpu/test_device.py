@@ -12,7 +12,7 @@ from torch import Tensor
 import carma_kernels as ck
 from carma_kernels import TokenSpans, _backend
 from carma_kernels.measure import peak_memory
-from tests.cases import BF16, FP32, Backend, Case
+from tests.cases import BF16, FP16, FP32, Backend, Case
 from tests.compare import upstream_gradients
 from tests.contracts.ops import Op, make_problem, same_bits
 
@@ -69,6 +69,7 @@ def words(B: int, T: int) -> TokenSpans:
     return TokenSpans.from_lists([[(at, at + 3) for at in range(0, T - 3, 5)]] * B, seq_len=T).to("cuda")
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("shape", [(12, 16, 58, 768), (12, 8, 1024, 1024)], ids=str)
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 def test_extra_memory(shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -86,23 +87,60 @@ def test_extra_memory(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 class TestTheBackendPicked:
-    """As it is once Triton is the choice for GPUs."""
+    """Where nobody asks for one."""
 
     @pytest.fixture(autouse=True)
     def fresh(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(_backend, "TRITON_BY_DEFAULT", True)
         monkeypatch.setattr(_backend, "_obstacles", {})
+        monkeypatch.setattr(_backend, "_admitted", set())
         monkeypatch.setattr(_backend, "_warned", set())
         monkeypatch.delenv("CARMA_KERNELS_BACKEND", raising=False)
+        monkeypatch.delenv("CARMA_KERNELS_SELF_CHECK", raising=False)
 
-    def test_is_triton(self) -> None:
-        assert ck.choose_backend(None, "cuda:0") == ("triton", "Triton runs on cuda:0")
-        hidden, spans = torch.randn(2, 2, 10, 64, device="cuda"), words(2, 10)
-        assert same_bits(ck.mi_loss(hidden, spans), ck.mi_loss(hidden, spans, backend="triton"))
+    @pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=str)
+    def test_is_triton_which_agrees(self, dtype: torch.dtype) -> None:
+        """In every kind of kernels, and with the options that are constants in them."""
+        spans, long = words(2, 10), words(2, 200)
+        hidden = torch.randn(3, 2, 10, 64, device="cuda", dtype=dtype)
+        long_hidden = torch.randn(3, 2, 200, 64, device="cuda", dtype=dtype)
+        learned = torch.tensor(0.1, device="cuda")
+        pairs = spans.sample_pairs(5)
+        for call in (
+            lambda **asked: ck.mi_loss(hidden, spans, **asked),
+            lambda **asked: ck.mi_loss(long_hidden, long, **asked),
+            lambda **asked: ck.mi_loss(hidden, pairs, **asked),
+            lambda **asked: ck.stability_loss(hidden, **asked),
+            lambda **asked: ck.pairwise_similarity(hidden, **asked),
+        ):
+            assert same_bits(call(), call(backend="triton"))
+        assert {kernels for _, _, kernels in _backend._admitted} == {
+            "short groups",
+            "long groups",
+            "listed pairs",
+            "stability alone",
+            "similarity",
+        }
+        for options in (
+            {"metric": "dot"},
+            {"match_negatives": 5},
+            {"temperature": learned},
+            {"negatives": "batch"},
+            {"temperature": 0.01},
+            {"temperature": 1e-3},
+        ):
+            for given, of_given in ((hidden, spans), (list(long_hidden), long)):
+                _backend._admitted.clear()
+                ck.mi_loss(given, of_given, **options)
+                ck.carma_loss(given, of_given, ck.CarmaConfig(**options), mask=of_given.attention_mask)
+                assert len(_backend._admitted) == 1
+        backend, reason = ck.choose_backend(None, "cuda:0")
+        assert backend == "triton"
+        assert "agreed with the torch backend" in reason
 
     def test_is_torch_for_what_triton_does_not_take(self) -> None:
         hidden, spans = torch.randn(2, 2, 10, 64, device="cuda", dtype=torch.float64), words(2, 10)
         assert ck.mi_loss(hidden, spans).dtype == torch.float64
+        assert not _backend._admitted
 
     def test_is_torch_after_a_kernel_that_cannot_be_launched(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from carma_kernels.kernels import launch
@@ -110,10 +148,35 @@ class TestTheBackendPicked:
         too_many = launch.Configuration({"BLOCK_ROWS": 1, "BLOCK_D": 64}, num_warps=64)
         monkeypatch.setitem(launch.TABLE, "stability_forward", [too_many])
         hidden = torch.randn(2, 2, 10, 64, device="cuda")
-        with pytest.warns(RuntimeWarning, match="Triton cannot be used on cuda:0") as caught:
+        with pytest.warns(RuntimeWarning, match="Triton cannot be used on cuda:0: its self-check failed") as caught:
             losses = [ck.stability_loss(hidden) for _ in range(2)]
         assert len(caught) == 1
         assert all(same_bits(loss, ck.stability_loss(hidden, backend="torch")) for loss in losses)
+        assert ck.choose_backend(None, "cuda")[0] == "torch"
+
+    def test_the_check_waits_even_where_that_is_an_error(self, request: pytest.FixtureRequest) -> None:
+        """And leaves the mode, and the generators, as they were."""
+        hidden = torch.randn(2, 2, 10, 64, device="cuda")
+        before = torch.cuda.get_rng_state()
+        request.getfixturevalue("waiting_is_an_error")
+        ck.stability_loss(hidden)
+        assert _backend._admitted
+        assert torch.cuda.get_sync_debug_mode() == 2
+        torch.cuda.set_sync_debug_mode("default")
+        assert torch.equal(torch.cuda.get_rng_state(), before)
+
+    def test_no_check_in_a_capture(self) -> None:
+        hidden = torch.randn(2, 2, 10, 64, device="cuda")
+        ck.stability_loss(hidden, backend="torch")  # what cuBLAS needs is there
+        graph = torch.cuda.CUDAGraph()
+        with (
+            pytest.warns(RuntimeWarning, match="cannot be done while a CUDA graph is captured"),
+            torch.cuda.graph(graph),
+        ):
+            loss = ck.stability_loss(hidden)
+        graph.replay()
+        assert torch.allclose(loss, ck.stability_loss(hidden, backend="torch"))
+        assert not _backend._admitted
 
     def test_out_of_memory_is_no_reason(self) -> None:
         hidden = torch.randn(2, 2, 10, 64, device="cuda")

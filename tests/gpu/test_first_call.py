@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,27 +20,60 @@ from tests.cli.processes import ROOT
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("users_defaults")]
 
 FIRST_STEP = """
-import time, torch, carma_kernels as ck
+import time
+start = last = time.perf_counter()
+
+def took(what):
+    global last
+    now = time.perf_counter()
+    if now - last > 0.01:
+        print(f"{what} {now - last:.2f}")
+    last = now
+
+import torch
 hidden = torch.randn(12, 16, 58, 768, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-spans = ck.TokenSpans.from_lists([[(0, 3), (4, 6)]] * 16, seq_len=58).to("cuda")
 torch.cuda.synchronize()
-start = time.perf_counter()
+took("torch and its device")
+start = last
+import triton
+took("import of triton")
+import carma_kernels as ck, carma_kernels.ops
+from carma_kernels import _runtime
+took("import of carma_kernels")
+import torch._dynamo  # by the first call of an operator
+took("import of torch._dynamo")
+launch = _runtime.launch
+
+def timed(kernel, *arguments, **options):
+    took("the host before " + kernel.__name__)
+    compiled = launch(kernel, *arguments, **options)
+    took("compiling, loading and launching " + kernel.__name__)
+    return compiled
+
+_runtime.launch = timed
+spans = ck.TokenSpans.from_lists([[(0, 3), (4, 6)]] * 16, seq_len=58).to("cuda")
 ck.carma_loss(hidden, spans, backend="triton").loss.backward()
 torch.cuda.synchronize()
-print(time.perf_counter() - start)
+took("the rest")
+print(f"in all {last - start:.2f}")
 """
 
 
-def test_a_cold_cache(tmp_path: Path) -> None:
+@pytest.mark.alone
+def test_a_cold_cache(tmp_path: Path, measured: Callable[[str], None]) -> None:
+    """Most of it are others' imports, Triton's passes over three kernels, and a C compiler for their launchers."""
     result = subprocess.run(
         [sys.executable, "-c", FIRST_STEP],
         capture_output=True,
         text=True,
-        check=True,
+        check=False,
         cwd=ROOT,
         env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path)},
     )
-    assert float(result.stdout) <= 5.0
+    assert result.returncode == 0, result.stderr[-3000:]
+    parts = result.stdout.strip()
+    measured("the first step with a cold cache, in seconds: " + parts.replace("\n", "; "))
+    assert float(parts.split()[-1]) <= 15.0, parts
 
 
 def compiled() -> dict[str, int]:

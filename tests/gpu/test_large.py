@@ -1,4 +1,4 @@
-"""More than 2^31 numbers: what comes last is what the same tokens give alone."""
+"""More than 2^31 numbers, more sequences than 2^16: what comes last is what the same tokens give alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 import carma_kernels as ck
 from carma_kernels import TokenSpans
 
-pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("users_defaults")]
+pytestmark = [pytest.mark.gpu, pytest.mark.alone, pytest.mark.usefixtures("users_defaults")]
 
 L, B, T, D = 2, 17, 4096, 16384
 WORDS = [(0, 3), (5, 7), (T - 4, T)]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
 import carma_kernels as ck
-from carma_kernels.integrations.transformers import HiddenStateTap
-from tests.integration.tap.models import SPANS, batch, blocks_of, build, distance, gradients
+
+pytest.importorskip("transformers")
+hooks = pytest.importorskip("accelerate.hooks")
+
+from carma_kernels.integrations.transformers import HiddenStateTap  # noqa: E402
+from tests.integration.tap.models import SPANS, batch, blocks_of, build, distance, gradients  # noqa: E402
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,7 +27,8 @@ def test_the_pass_throughs_gradients(backend: str, checkpointed: bool) -> None:
     for pass_through in (True, False):
         model = build().cuda()
         if checkpointed:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            enable = getattr(model, "activation_checkpointing_enable", None)  # its name in newer transformers
+            (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
         tap = HiddenStateTap(model, pass_through=pass_through)
         task = model(**{name: value.cuda() for name, value in batch().items()}, use_cache=False).loss
         carma = tap.carma_loss(SPANS.to("cuda"), backend=backend)
@@ -52,7 +56,7 @@ def test_layers_on_two_devices() -> None:
     device_map = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.rotary_emb": 0}
     device_map |= {"model.layers.1": 0, "model.layers.2": 0, "model.norm": 0, "lm_head": 0}
     for name, device in device_map.items():
-        add_hook_to_module(model.get_submodule(name).to(device), AlignDevicesHook(device))
+        hooks.add_hook_to_module(model.get_submodule(name).to(device), hooks.AlignDevicesHook(device))
     tap = HiddenStateTap(model)
     model(input_ids=batch()["input_ids"])
     with pytest.raises(ValueError, match=r"hidden_states\[1\] is on cuda:0.*on cpu.*\.to\('cpu'\)"):
