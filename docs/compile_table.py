@@ -16,7 +16,9 @@ def tables() -> dict[str, list[Row]]:
     """The rows of each version of Triton."""
     files = sorted(FOLDER.glob("triton-*.tsv"))
     return {
-        file.stem.removeprefix("triton-"): list(csv.DictReader(file.open(), delimiter="\t", quoting=csv.QUOTE_NONE))
+        file.stem.removeprefix("triton-"): list(
+            csv.DictReader(file.read_text().splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE)
+        )
         for file in files
     }
 

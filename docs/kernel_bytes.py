@@ -61,7 +61,8 @@ def short_path(p: Problem) -> Iterator[Cost]:
     blocks = ceil(T / p.blocks("short_forward")["BLOCK_M"])
     own = T if blocks > 1 else 0  # a program's rows are loaded besides all tokens
     gram = 2 * T * T * p.L * p.B * p.D
-    yield Cost("short_forward", states, p.row * (blocks * T + own + T), gram)
+    # tokens and rows for the product, then both again for the sums of squares, and the next layer
+    yield Cost("short_forward", states, p.row * (2 * (blocks * T + own) + T), gram)
     blocks = ceil(T / p.blocks("short_backward")["BLOCK_M"])
     own = T if blocks > 1 else 0
     # the scores; M times all tokens, the rows, their two neighbours, and what is written

@@ -1,7 +1,9 @@
 """With which sizes the kernels are launched: one table, with the reason for each; nothing is tuned while training runs.
 
 A kernel has a list of configurations, and a launch takes the first that fits. A test that wants small tiles replaces a
-kernel's entry in `TABLE`.
+kernel's entry in `TABLE`. Versions of Triton differ in the registers that they take: one that spills some, often a
+handful of bytes for another program on a multiprocessor, has a row of its own. docs/compile_table.md holds what each
+configuration compiles to with each version.
 """
 
 from __future__ import annotations
@@ -33,10 +35,10 @@ class Configuration:
     """Bytes of an element, at least and at most."""
     shared_memory: int = 0
     """Bytes of shared memory that a device must have: those of a program, or of several where one would not do."""
-    not_with: tuple[tuple[int, int], ...] = ()
-    """Versions of Triton with which it spills registers, on some target in some variant (docs/compile_table.md)."""
     max_registers: int | None = None
     """Registers a thread may use, at most; None to leave it to the compiler. NVIDIA only."""
+    only_with: tuple[tuple[int, int], ...] = ()
+    """Versions of Triton with which a later configuration spills registers, and this one does not; () for any."""
 
     def fits(self, target: Target, size: int, element_bytes: int) -> bool:
         """Whether it can be used."""
@@ -44,7 +46,8 @@ class Configuration:
             size <= self.max_size
             and self.min_bytes <= element_bytes <= self.max_bytes
             and self.shared_memory <= target.shared_memory
-            and _TRITON not in self.not_with
+            and (self.max_registers is None or target.capability is not None)
+            and (not self.only_with or _TRITON in self.only_with)
         )
 
     @property
@@ -94,7 +97,11 @@ def _rows_of_product(rows: int, depth: int, width: int, pieces: int, **rest: Any
 
 TABLE: dict[str, list[Configuration]] = {
     # size: D. A tile and the one before it: 80 registers a thread. Whole rows: a row's sum needs no second program
-    "stability_forward": _rows(4096),
+    "stability_forward": [
+        *_rows(4096, max_bytes=2, max_registers=112, only_with=((3, 6),))[:2],  # narrow ones
+        *_rows(4096, min_bytes=4, max_registers=112, only_with=((3, 6), (3, 9))),
+        *_rows(4096),
+    ],
     # size: D. Three tiles in fp32: half as many elements keep as many programs on a multiprocessor; fp32 the same bytes
     "stability_backward": [*_rows(2048, widest=4096, max_bytes=2), *_rows(1024, widest=4096)],
     # size: tokens of a group. Up to 128: of more, two programs a multiprocessor would not hold the rows
@@ -102,12 +109,14 @@ TABLE: dict[str, list[Configuration]] = {
         _short(16, 128, 3, max_bytes=2),
         _short(32, 128, 3, max_bytes=2),
         _short(64, 64, 3, max_bytes=2, num_warps=8),
-        _short(128, 64, 2, max_bytes=2, num_warps=8, not_with=((3, 6),)),
-        _short(128, 32, 3, max_bytes=2, num_warps=8),
+        _short(128, 32, 3, max_bytes=2, num_warps=8, only_with=((3, 6),)),
+        _short(128, 64, 2, max_bytes=2, num_warps=8),
         _short(16, 64, 3),
         _short(32, 64, 3),
+        _short(64, 32, 3, rows=32, num_warps=8, shared_memory=2 * 57 * 1024, only_with=((3, 6),)),
         _short(64, 32, 3, num_warps=8),
-        _short(128, 16, 2, rows=32, num_warps=8),
+        _short(128, 16, 2, rows=32, num_warps=8, shared_memory=3 * 23 * 1024),  # 64 spill, but not on gfx942
+        _short(128, 16, 2, num_warps=8),
     ],
     # size: tokens of a group
     "short_backward": [
@@ -118,27 +127,34 @@ TABLE: dict[str, list[Configuration]] = {
         _short(128, 64, 2, max_bytes=2, num_warps=8, shared_memory=80 * 1024),
         _short(128, 32, 2, max_bytes=2, num_warps=8),
         _short(16, 32, 2),
+        _short(32, 32, 3, only_with=((3, 7),)),
+        _short(32, 16, 2, only_with=((3, 9),)),
         _short(32, 32, 2),
         _short(64, 32, 2, rows=32, num_warps=8, shared_memory=3 * 28 * 1024),  # 64 spill on sm_100, 32 on gfx942
         _short(64, 32, 2, num_warps=8),
-        _short(128, 16, 2, rows=32, num_warps=8),
+        _short(128, 16, 2, rows=32, num_warps=8, shared_memory=2 * 33 * 1024),  # likewise
+        _short(128, 16, 2, num_warps=8),
     ],
     # size: tokens of a group, in all three. A multiprocessor holds two programs of 8 warps at 128 registers a thread,
     # with 96 KB of shared memory each; where it does not have that, smaller tiles, as for fp32 without tensor cores.
     "mi_scores": [
+        _tile(64, 64, 32, pieces=8, min_bytes=4, only_with=((3, 9),)),
         _tile(64, 64, 32, pieces=4, min_bytes=4),
         _tile(128, 128, 64, pieces=8, num_warps=8, shared_memory=_TWO_OF_96_KB),
         _tile(64, 128, 64, pieces=8, shared_memory=72 * 1024),
         _tile(64, 128, 64, pieces=8, num_stages=2),
     ],
     "mi_weights": [
+        _tile(64, 64, 32, pieces=4, min_bytes=4, max_registers=168, only_with=((3, 6),)),
         _tile(64, 64, 32, pieces=4, min_bytes=4),
         _tile(128, 128, 64, pieces=8, num_warps=8, shared_memory=_TWO_OF_96_KB, max_registers=128),
         _tile(64, 64, 64, pieces=4, shared_memory=72 * 1024),
         _tile(64, 64, 64, pieces=4, num_stages=2),
     ],
     "mi_gradient": [
+        _rows_of_product(64, 16, 64, pieces=2, num_warps=8, min_bytes=4, max_registers=128, only_with=((3, 6), (3, 9))),
         _rows_of_product(64, 16, 64, pieces=2, num_warps=8, min_bytes=4),
+        _rows_of_product(128, 64, 128, pieces=8, num_warps=8, shared_memory=_TWO_OF_96_KB, only_with=((3, 9),)),
         _rows_of_product(128, 64, 128, pieces=4, num_warps=8, shared_memory=_TWO_OF_96_KB),
         _rows_of_product(64, 64, 128, pieces=4, shared_memory=72 * 1024),
         _rows_of_product(64, 64, 128, pieces=4, num_stages=2),
@@ -155,7 +171,11 @@ TABLE: dict[str, list[Configuration]] = {
     # size: T
     "similarity_backward": [
         Configuration({"BLOCK_T": 16, "BLOCK_J": 16, "BLOCK_D": 128}, max_size=16),
+        Configuration(
+            {"BLOCK_T": 64, "BLOCK_J": 32, "BLOCK_D": 128}, num_warps=8, num_stages=2, max_bytes=2, only_with=((3, 6),)
+        ),
         Configuration({"BLOCK_T": 64, "BLOCK_J": 32, "BLOCK_D": 128}, num_warps=8, max_bytes=2),
+        Configuration({"BLOCK_T": 32, "BLOCK_J": 32, "BLOCK_D": 64}, num_stages=2, only_with=((3, 6),)),
         Configuration({"BLOCK_T": 32, "BLOCK_J": 32, "BLOCK_D": 128}, num_warps=8, num_stages=2),
     ],
     # size: D
