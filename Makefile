@@ -105,7 +105,7 @@ bench-gpu: $(READY)  ## the same on a GPU, with the paper's seven models
 tune: $(READY)  ## measure the kernels' launch table on this machine's GPU
 	$(BIN)/python -m bench.tune
 
-doctor: $(READY)  ## versions, devices, and which backend would be picked
+doctor: $(READY)  ## versions, devices, which backend would be picked, and whether Triton agrees with torch
 	$(BIN)/python -m carma_kernels doctor
 
 verify: $(READY)  ## this installation against its own fp64 oracle

@@ -2,46 +2,57 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
+import inspect
 import os
-import re
-import traceback
+import threading
 import warnings
-from functools import cache
+from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
-from carma_kernels import _runtime, eager
-
-TRITON_BY_DEFAULT = False
-"""Whether a GPU's calls go to Triton unless they say otherwise. The kernels pass Triton's interpreter and compile for
-four GPU targets, but have yet to run on a GPU: until they have, they run for those who ask for them."""
+from carma_kernels import _runtime, _self_check, _triton_here, eager
+from carma_kernels._small_problem import SmallProblem, like_similarity, like_terms
 
 BACKENDS = ("torch", "triton")
 VARIABLE = "CARMA_KERNELS_BACKEND"
-_OLDEST_TRITON = (3, 6)
-_OLDEST_NVIDIA = (8, 0)  # compute capability
-_TRITON_PACKAGES = ("triton", "triton-rocm", "pytorch-triton-rocm")
+SELF_CHECK = "CARMA_KERNELS_SELF_CHECK"
+_WHEN_CHECKED = "triton once it agrees"
+
+_Key = tuple[torch.device, torch.dtype, str]
 
 _obstacles: dict[torch.device, str | None] = {}
-"""Why Triton cannot be used on a device, None if it can, of the devices tried"""
+"""Why Triton cannot be used on a device, None as far as nothing is known, of the devices asked for"""
+_admitted: set[_Key] = set()
+"""Where, for which dtype and with which kernels Triton has agreed with the torch backend"""
+_checking = threading.Lock()
 _warned: set[str] = set()
 
 
 def choose(backend: str | None, device: torch.device | str) -> tuple[str, str]:
-    """The backend for tensors on `device`, and the reason in a few words.
+    """The backend for tensors on `device`, and the reason in a few words. Launches nothing.
+
+    Triton, where nobody says otherwise, has to agree with the torch backend first. The first call on a device, in a
+    dtype and with the same kernels (for short or long groups of tokens, listed pairs, the stability loss alone, the
+    similarity) computes a small problem like it with both, values and gradients, several times over. If they agree,
+    Triton computes this call and those to come; if not, or if a kernel cannot be compiled or launched, a warning says
+    what came out, and the torch backend computes every call on that device in this process. The environment variable
+    `CARMA_KERNELS_SELF_CHECK=0` does without. No such check is made within `torch.compile`, the capture of a CUDA
+    graph, a backward or a dispatch mode: there the torch backend computes a call that has come without it.
 
     Args:
         backend: "torch", "triton", or None to be chosen: by the environment variable `CARMA_KERNELS_BACKEND` if it is
-            set, or else "torch". The Triton kernels pass Triton's interpreter but have yet to run on a GPU; once they
-            have, they will be chosen for CUDA and ROCm tensors wherever Triton can be used.
+            set, or else Triton for CUDA and ROCm tensors, where it can be used, and "torch" for any other. Who asks
+            for "triton" gets it as it is, unchecked.
         device: of the hidden states.
 
     Raises:
-        ValueError: an unknown backend, or "triton" for a device that Triton does not run on.
+        ValueError: an unknown backend, or "triton" for a device that Triton does not run on; an unknown value of
+            `CARMA_KERNELS_SELF_CHECK`.
         RuntimeError: "triton" without Triton, or with one that is too old.
     """
     asked, by = _asked(backend)
@@ -65,54 +76,106 @@ def implementation(backend: str | None, device: torch.device) -> Any:
         return eager
     from carma_kernels import ops  # imports Triton
 
-    return ops if chosen == "triton" else _TritonWherePossible(ops, device)
+    return ops if chosen == "triton" else _TritonOnceItAgrees(ops, device)
 
 
 def _decide(backend: str | None, device: torch.device) -> str:
-    """ "torch", "triton", or "triton where possible"."""
-    chosen, reason = choose(backend, device)
+    """ "torch", "triton", or `_WHEN_CHECKED`."""
     if _asked(backend)[0] is not None:
-        return chosen
-    if chosen == "triton":
-        return "triton where possible"
-    if _obstacles.get(device) is not None:
-        _warn(reason)
+        return choose(backend, device)[0]
+    if not _is_gpu(device):
+        return "torch"
+    if triton_obstacle(device) is None:
+        return _WHEN_CHECKED
+    _warn_of_obstacle(device)
     return "torch"
 
 
-# torch.compile shall not look inside; what torch.compiler.assume_constant_result does, without its imports
-_decide._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-class _TritonWherePossible:
-    """The Triton backend for who has not asked for it: what it cannot do, the torch backend does."""
+class _TritonOnceItAgrees:
+    """The Triton backend for who has not asked for it: what it cannot do, or not rightly, the torch backend does."""
 
     def __init__(self, ops: ModuleType, device: torch.device) -> None:
         """Take `carma_kernels.ops`, for hidden states on this device."""
         self._ops = ops
         self._device = device
 
-    def carma_terms(self, hidden: Any, *arguments: Any) -> Any:
+    def carma_terms(self, hidden: Any, mi: Any, stability: Any, group: str | None = None) -> Any:
         """As `carma_kernels.eager.carma_terms`."""
-        return self._call("carma_terms", hidden, *arguments)
+        takes = self._ops.takes(hidden[0])
+        kernels = self._ops.kernels_for(hidden[0], mi) if takes else ""
+        if takes and self._is_admitted(hidden[0], kernels, like_terms, hidden, mi, stability):
+            return self._ops.carma_terms(hidden, mi, stability, group)
+        return eager.carma_terms(hidden, mi, stability, group)
 
     def pairwise_similarity(self, hidden: Any, *arguments: Any) -> Any:
         """As `carma_kernels.eager.pairwise_similarity`."""
-        return self._call("pairwise_similarity", hidden, *arguments)
+        takes = self._ops.takes(hidden[0])
+        if takes and self._is_admitted(hidden[0], "similarity", like_similarity, hidden, *arguments):
+            return self._ops.pairwise_similarity(hidden, *arguments)
+        return eager.pairwise_similarity(hidden, *arguments)
 
-    def _call(self, function: str, hidden: Any, *arguments: Any) -> Any:
-        if not self._ops.takes(hidden[0]):
-            return getattr(eager, function)(hidden, *arguments)
-        if torch.compiler.is_compiling():  # launches nothing yet
-            return getattr(self._ops, function)(hidden, *arguments)
-        try:
-            return getattr(self._ops, function)(hidden, *arguments)
-        except Exception as error:
-            if not _is_tritons(error):
-                raise
-            _obstacles[self._device] = _in_short(error)
-        _warn(_pick(self._device)[1])
-        return getattr(eager, function)(hidden, *arguments)
+    def _is_admitted(self, layer: Tensor, kernels: str, like: Callable[..., SmallProblem], *call: Any) -> bool:
+        """Whether Triton computes a call, which may have to be found out."""
+        if torch.compiler.is_compiling():
+            return _is_admitted_already(self._device, layer.dtype, kernels)
+        key = self._device, layer.dtype, kernels
+        return key in _admitted or _is_unchecked() or _admit(key, self._ops, like, layer, call)
+
+
+def _is_admitted_already(device: torch.device, dtype: torch.dtype, kernels: str) -> bool:
+    """For what is being compiled."""
+    key = device, dtype, kernels
+    if key in _admitted or _is_unchecked():
+        return True
+    _warn_unchecked(key, "while torch.compile or torch.export traces")
+    return False
+
+
+# torch.compile shall not look inside; what torch.compiler.assume_constant_result does, without its imports
+_decide._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_is_admitted_already._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _admit(key: _Key, ops: ModuleType, like: Callable[..., SmallProblem], layer: Tensor, call: tuple[Any, ...]) -> bool:
+    """Compare the backends, if nobody has; whether they agree."""
+    device, _, kernels = key
+    hindrance = _hindrance(layer)
+    if hindrance is not None:
+        _warn_unchecked(key, hindrance)
+        return False
+    with _checking:
+        if key not in _admitted and triton_obstacle(device) is None:
+            disagreement = _self_check.disagreement(partial(like, kernels, *call), device, ops)
+            if disagreement is None:
+                _admitted.add(key)
+            else:
+                _obstacles[device] = (
+                    f"its self-check failed, {disagreement}. Please report this with what `python -m carma_kernels "
+                    "doctor` and `python -m carma_kernels verify` print"
+                )
+    if triton_obstacle(device) is None:
+        return True
+    _warn_of_obstacle(device)
+    return False
+
+
+def _hindrance(layer: Tensor) -> str | None:
+    """When it is that nothing can be checked now, None if it can."""
+    if torch.backends.cuda.is_built() and torch.cuda.is_current_stream_capturing():
+        return "while a CUDA graph is captured"
+    if torch._C._current_graph_task_id() != -1:
+        return "in a backward"
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.maybe_current_level() is not None or is_fake(layer):
+        return "under a dispatch mode or a transform of torch.func"
+    return None
+
+
+def _is_unchecked() -> bool:
+    """Whether Triton is to be used without a self-check."""
+    value = os.environ.get(SELF_CHECK, "")
+    if value not in ("", "0", "1"):
+        raise ValueError(f"{SELF_CHECK} must be 1 (or left out), or 0 to use Triton unchecked, got {value!r}.")
+    return value == "0"
 
 
 def _asked(backend: str | None) -> tuple[str | None, str]:
@@ -122,100 +185,89 @@ def _asked(backend: str | None) -> tuple[str | None, str]:
     return os.environ.get(VARIABLE) or None, VARIABLE
 
 
-def _pick(device: torch.device) -> tuple[str, str]:
+def _is_gpu(device: torch.device) -> bool:
+    """Whether kernels run there as they are compiled."""
     target = _runtime.target(device)
-    if target is None or (target is _runtime.INTERPRETER and device.type == "cpu"):
+    return target is not None and target is not _runtime.INTERPRETER
+
+
+def _pick(device: torch.device) -> tuple[str, str]:
+    device = _with_index(device)
+    if not _is_gpu(device):
+        if device.type == "cuda" and _runtime.target(device) is _runtime.INTERPRETER:
+            return "torch", f"{_runtime.INTERPRET}=1, under which Triton is for debugging on {device}: ask for it"
         return "torch", f"it runs on every device, {device.type} included"
-    if not TRITON_BY_DEFAULT:
-        return "torch", "the Triton kernels have yet to run on a cuda device: ask for them with backend='triton'"
-    if target is _runtime.INTERPRETER:
-        return "torch", f"{_runtime.INTERPRET}=1, under which Triton is for debugging on {device}: ask for it"
     if (obstacle := triton_obstacle(device)) is not None:
-        return "torch", f"Triton cannot be used on {device}: {obstacle}"
-    return "triton", f"Triton runs on {device}"
+        return "torch", _cannot_be_used(device, obstacle)
+    if _is_unchecked():
+        return "triton", f"Triton runs on {device}, unchecked: {SELF_CHECK}=0"
+    here = sorted((kernels, str(dtype)) for at, dtype, kernels in tuple(_admitted) if at == device)
+    agreed = [f"{kernels} in {dtype.removeprefix('torch.')}" for kernels, dtype in here]
+    if agreed:
+        return "triton", f"Triton runs on {device}, and agreed with the torch backend: {', '.join(agreed)}"
+    return "triton", f"Triton runs on {device}, and is compared with the torch backend at the first call"
+
+
+def _with_index(device: torch.device) -> torch.device:
+    """As tensors name theirs: "cuda" is the current one."""
+    if device == torch.device("cuda") and torch.cuda.is_initialized():
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def triton_obstacle(device: torch.device) -> str | None:
-    """Why Triton cannot be used on a GPU, None if it can. A kernel is launched there to see, the first time."""
+    """Why Triton cannot be used on a GPU, None as far as is known. Launches nothing."""
     if device not in _obstacles:
-        _obstacles[device] = _find_obstacle(device)
+        _obstacles[device] = _triton_here.obstacle(device)
     return _obstacles[device]
 
 
-def _find_obstacle(device: torch.device) -> str | None:
-    if (obstacle := _missing_triton()) is not None:
-        return obstacle
-    target = _runtime.target(device)
-    if target is not None and target.capability is not None and target.capability < _OLDEST_NVIDIA:
-        return f"its compute capability is {_dotted(target.capability)}, and {_dotted(_OLDEST_NVIDIA)} is needed"
-    try:
-        from carma_kernels import ops  # imports Triton
-
-        ops.probe(device)
-    except Exception as error:
-        if not (isinstance(error, ImportError) or _is_tritons(error)):
-            raise
-        return _in_short(error)
-    return None
-
-
-def _missing_triton() -> str | None:
-    """What is wrong with the installed Triton, as far as can be seen without importing it."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    version = _installed_triton()
-    if version is not None and tuple(map(int, re.findall(r"\d+", version)[:2])) < _OLDEST_TRITON:
-        return f"Triton {version} is installed, and {_dotted(_OLDEST_TRITON)} or later is needed"
-    return None
-
-
-@cache
-def _installed_triton() -> str | None:
-    for package in _TRITON_PACKAGES:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
-
-
 def _check_triton(by: str, device: torch.device) -> None:
-    if (missing := _missing_triton()) is not None:
+    if (missing := _triton_here.missing()) is not None:
         raise RuntimeError(
             f"{by} asks for the triton backend, but {missing}: pip install triton --upgrade (on Linux), or use "
             "'torch', which runs on every device."
         )
-    if _runtime.target(device) is None:
+    target = _runtime.target(device)
+    if target is None:
         raise ValueError(
             f"{by} asks for the triton backend for tensors on {device}; it runs on CUDA and ROCm devices. Move the "
             "hidden states there, or use 'torch', which runs on every device. To debug the kernels on a CPU, set "
             f"{_runtime.INTERPRET}=1 before Python starts."
         )
+    if target is _runtime.INTERPRETER and (obstacle := _triton_here.interpreter_obstacle()) is not None:
+        raise RuntimeError(f"{by} asks for the triton backend under {_runtime.INTERPRET}=1, but {obstacle}.")
 
 
-def _is_tritons(error: Exception) -> bool:
-    """Whether Triton failed to compile or to launch, and not the user, or the device's memory."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "out of memory" in str(error):
-        return False
-    modules = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
-    return any(module.partition(".")[0] == "triton" for module in modules)
+def _cannot_be_used(device: torch.device, obstacle: str) -> str:
+    return f"Triton cannot be used on {device}: {obstacle}"
 
 
-def _in_short(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:200]}{'...' * (len(text) > 200)}".removesuffix(": ")
-
-
-def _warn(reason: str) -> None:
-    if reason in _warned:
-        return
-    _warned.add(reason)
-    warnings.warn(
-        f"{reason}. The torch backend runs instead, slower; {VARIABLE}=torch chooses it without this warning.",
-        RuntimeWarning,
-        stacklevel=5,
+def _warn_of_obstacle(device: torch.device) -> None:
+    """Why the torch backend computes what Triton would."""
+    reason = _cannot_be_used(device, str(triton_obstacle(device)))
+    _warn(
+        reason, f"{reason}. The torch backend runs instead, slower; {VARIABLE}=torch chooses it without this warning."
     )
 
 
-def _dotted(version: tuple[int, int]) -> str:
-    return ".".join(map(str, version))
+def _warn_unchecked(key: _Key, hindrance: str) -> None:
+    """Why the torch backend computes what Triton may not compute yet."""
+    device, dtype, kernels = key
+    _warn(
+        hindrance,
+        f"Triton has not been compared with the torch backend on {device} in {dtype} for {kernels} yet, which cannot "
+        f"be done {hindrance}: the torch backend computes what was asked for there, slower. Call the loss once before "
+        f"that, outside of it; or do without the comparison, with backend='triton' or {SELF_CHECK}=0.",
+    )
+
+
+def _warn(reason: str, message: str) -> None:
+    """Once for each reason, as from the line that called the package."""
+    if reason in _warned:
+        return
+    _warned.add(reason)
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(("carma_kernels.", "torch.")):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, RuntimeWarning, stacklevel=level)

@@ -1,8 +1,12 @@
-"""The subcommand `doctor`: what is installed here, on which devices, and which backend a call would run on, and why."""
+"""The subcommand `doctor`: what is installed here, on which devices, and which backend a call would run on, and why.
+
+On each GPU the Triton backend is compared with the torch backend, as it is before the first call of a training run.
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
 import json
 import os
@@ -15,6 +19,9 @@ import torch
 
 from carma_kernels import __version__, choose_backend
 from carma_kernels._backend import VARIABLE, triton_obstacle
+from carma_kernels._runtime import INTERPRET
+from carma_kernels._self_check import disagreement_of_any_kind
+from carma_kernels._triton_here import interpreter_obstacle
 from carma_kernels.measure import environment
 
 OPTIONAL = {
@@ -23,6 +30,8 @@ OPTIONAL = {
     "bench": ("pytest", "pytest-benchmark", "pytorch-metric-learning", "inf-cl"),
 }
 """What each extra of the package adds, as in pyproject.toml"""
+CHECKED = (torch.float32, torch.float16, torch.bfloat16)
+AGREES = "agrees with the torch backend"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,8 +53,9 @@ def examine() -> dict[str, Any]:
     Returns:
         `version`; `environment` as from `measure.environment`; `variable`, the value of `CARMA_KERNELS_BACKEND`;
         `backends`, for each device the `backend` picked and the `reason`; `triton`, for each GPU why the Triton backend
-        cannot be used there, None if it can; `optional`, for each extra the version of
-        each package, None if it is missing; `notes` and `problems`, in words.
+        cannot be used there, None if it can; `self_check`, for each GPU where it can and each dtype that it agrees with
+        the torch backend, or else what differs or fails; `optional`, for each extra the version of each package, None
+        if it is missing; `notes` and `problems`, in words.
     """
     problems: list[str] = []
     backends: dict[str, dict[str, str | None]] = {}
@@ -61,12 +71,22 @@ def examine() -> dict[str, Any]:
         except Exception as error:
             backends[str(device)] = {"backend": None, "reason": one_line(error)}
             problems.append(f"no backend for {device}: {one_line(error)}")
+    gpus = [device for device in devices() if device.type == "cuda"]
+    obstacles = {str(device): _triton(device) for device in gpus}
+    self_check = {str(device): _self_check(device) for device in gpus if obstacles[str(device)] is None}
+    problems += [
+        f"the Triton backend on {device} in {dtype}: {result}"
+        for device, results in self_check.items()
+        for dtype, result in results.items()
+        if result != AGREES
+    ]
     return {
         "version": __version__,
         "environment": machine,
         "variable": os.environ.get(VARIABLE),
         "backends": backends,
-        "triton": {str(device): _triton(device) for device in devices() if device.type == "cuda"},
+        "triton": obstacles,
+        "self_check": self_check,
         "optional": {extra: {name: _version(name) for name in names} for extra, names in OPTIONAL.items()},
         "notes": list(_notes(machine)),
         "problems": problems,
@@ -83,10 +103,25 @@ def devices() -> list[torch.device]:
 
 
 def _triton(device: torch.device) -> str | None:
+    if os.environ.get(INTERPRET) == "1":
+        return f"{INTERPRET}=1, under which nothing is compiled for it"
     try:
         return triton_obstacle(device)
     except Exception as error:
         return one_line(error)
+
+
+def _self_check(device: torch.device) -> dict[str, str]:
+    """What comes of it, for each dtype."""
+    ops = importlib.import_module("carma_kernels.ops")  # imports Triton
+    results = {}
+    for dtype in CHECKED:
+        try:
+            result = disagreement_of_any_kind(dtype, device, ops)
+        except Exception as error:
+            result = f"{type(error).__name__}: {one_line(error)}"
+        results[str(dtype).removeprefix("torch.")] = result or AGREES
+    return results
 
 
 def _notes(machine: dict[str, Any]) -> Iterator[str]:
@@ -97,6 +132,8 @@ def _notes(machine: dict[str, Any]) -> Iterator[str]:
         )
     if machine and machine["triton"] is None:
         yield "Triton is not installed. It comes with torch's CUDA and ROCm builds; the torch backend does without it."
+    if (obstacle := interpreter_obstacle()) is not None:
+        yield f"{obstacle}. It matters to {INTERPRET}=1 alone, not to a GPU, which the kernels are compiled for."
     if machine and machine["carma_kernels"] not in (None, __version__):
         yield (
             f"version {machine['carma_kernels']} is installed, {__version__} is what runs: "
@@ -130,9 +167,14 @@ def _lines(findings: dict[str, Any]) -> Iterator[str]:
     )
     if findings["triton"]:
         yield ""
-        yield "The Triton backend on each GPU, a kernel launched there to see"
+        yield "The Triton backend on each GPU, held against the torch backend there"
         yield from _table(
-            {device: f"cannot be used: {why}" if why else "can be used" for device, why in findings["triton"].items()}
+            {device: f"cannot be used: {why}" for device, why in findings["triton"].items() if why}
+            | {
+                f"{device} {dtype}": result
+                for device, results in findings["self_check"].items()
+                for dtype, result in results.items()
+            }
         )
     yield ""
     yield "Optional packages"

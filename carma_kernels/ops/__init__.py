@@ -5,6 +5,6 @@ Same functions as `carma_kernels.eager`. Importing it imports Triton.
 
 from carma_kernels.ops.carma import carma_terms
 from carma_kernels.ops.similarity import pairwise_similarity
-from carma_kernels.ops.usable import probe, takes
+from carma_kernels.ops.usable import kernels_for, takes
 
-__all__ = ["carma_terms", "pairwise_similarity", "probe", "takes"]
+__all__ = ["carma_terms", "kernels_for", "pairwise_similarity", "takes"]

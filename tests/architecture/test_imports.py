@@ -38,7 +38,10 @@ ROOMS = {
     ),
     "eager": Room({"_operators", "_terms", "distributed", "pairs", "spans"}, {"torch"}),
     # the public interface
-    "_backend": Room({"_runtime", "eager", "ops"}, {"torch"}),
+    "_small_problem": Room({"_terms", "pairs", "spans"}, {"torch"}),
+    "_self_check": Room({"_small_problem", "eager"}, {"torch"}),
+    "_triton_here": Room({"_runtime", "_self_check", "ops"}, {"torch"}),
+    "_backend": Room({"_runtime", "_self_check", "_small_problem", "_triton_here", "eager", "ops"}, {"torch"}),
     "_validate": Room({"pairs", "spans"}, {"torch"}),
     "config": Room({"_validate"}, {"torch"}),
     "functional": Room({"_backend", "_terms", "_validate", "config", "distributed", "pairs", "spans"}, {"torch"}),
@@ -57,7 +60,9 @@ ROOMS = {
     "cap": Room(
         {"carma_kernels", "demo", "integrations", "measure"}, {"matplotlib", "numpy", "rich", "torch", "transformers"}
     ),
-    "doctor": Room({"_backend", "carma_kernels", "measure"}, {"torch"}),
+    "doctor": Room(
+        {"_backend", "_runtime", "_self_check", "_triton_here", "carma_kernels", "measure", "ops"}, {"torch"}
+    ),
     "verify": Room({"_backend", "_runtime", "carma_kernels", "doctor"}, {"csrc_ref", "torch"}),
     "__main__": Room({"carma_kernels"}, set()),
 }

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import sys
 import tomllib
+from types import ModuleType
 
 import pytest
 import torch
 
 import carma_kernels
-from carma_kernels import _backend, doctor
+from carma_kernels import _backend, _runtime, _triton_here, doctor
 from carma_kernels.__main__ import main
 from tests.cli import processes
 
@@ -136,26 +138,83 @@ def test_gpus_are_described(report, monkeypatch):
     assert "cuda:1 torch: " in " ".join(out.split())
 
 
-@pytest.mark.parametrize("by_default", [False, True])
-@pytest.mark.parametrize("why", [None, "Triton is not installed", RuntimeError("no driver")])
-def test_triton_on_a_gpu(report, monkeypatch, why, by_default: bool):
-    def obstacle(device: torch.device) -> str | None:
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is one, and nothing is known against it."""
+    monkeypatch.setattr(doctor, "environment", environment_with(gpus=[]))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(_runtime, "target", lambda device: _runtime.TARGETS["sm_90"] if device.type == "cuda" else None)
+    monkeypatch.setattr(_backend, "_obstacles", {torch.device("cuda:0"): None})
+    monkeypatch.setitem(sys.modules, "carma_kernels.ops", ModuleType("carma_kernels.ops"))
+
+
+def gpu_lines(out: str) -> list[str]:
+    return [" ".join(line.split()) for line in out.splitlines() if line.strip().startswith("cuda:0")]
+
+
+@pytest.mark.parametrize("why", ["Triton is not installed", RuntimeError("no driver")])
+def test_triton_cannot_be_used_on_a_gpu(report, monkeypatch, gpu, why):
+    def obstacle(device: torch.device) -> str:
         if isinstance(why, RuntimeError):
             raise why
         return why
 
-    monkeypatch.setattr(doctor, "environment", environment_with(gpus=[]))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(doctor, "triton_obstacle", obstacle)
     monkeypatch.setattr(_backend, "triton_obstacle", obstacle)
-    monkeypatch.setattr(_backend, "TRITON_BY_DEFAULT", by_default)
     status, out = report()
-    picked, used = (" ".join(line.split()) for line in out.splitlines() if line.strip().startswith("cuda:0"))
-    assert used == ("cuda:0 can be used" if why is None else f"cuda:0 cannot be used: {why}")
-    assert status == int(by_default and isinstance(why, RuntimeError))
-    if status == 0:
-        assert picked.startswith("cuda:0 triton: Triton runs on" if by_default and why is None else "cuda:0 torch: ")
-    assert json.loads(report("--json")[1])["triton"] == {"cuda:0": None if why is None else str(why)}
+    picked, used = gpu_lines(out)
+    assert used == f"cuda:0 cannot be used: {why}"
+    assert status == isinstance(why, RuntimeError)
+    assert status or picked.startswith("cuda:0 torch: ")
+    findings = json.loads(report("--json")[1])
+    assert (findings["triton"], findings["self_check"]) == ({"cuda:0": str(why)}, {})
+
+
+@pytest.mark.parametrize("found", [None, "carma_loss (long groups): the MI loss differs", RuntimeError("no\nimage")])
+def test_triton_is_held_against_torch_on_a_gpu(report, monkeypatch, gpu, found):
+    """In each dtype; what differs in one is a problem."""
+
+    def disagreement(dtype: torch.dtype, device: torch.device, ops: object) -> str | None:
+        assert device == torch.device("cuda:0")
+        if dtype != torch.float16:
+            return None
+        if isinstance(found, RuntimeError):
+            raise found
+        return found
+
+    monkeypatch.setattr(doctor, "disagreement_of_any_kind", disagreement)
+    status, out = report()
+    agrees = "agrees with the torch backend"
+    other = "RuntimeError: no image" if isinstance(found, RuntimeError) else found or agrees
+    picked, *used = gpu_lines(out)
+    assert picked.startswith("cuda:0 triton: Triton runs on cuda:0")
+    assert used == [f"cuda:0 float32 {agrees}", f"cuda:0 float16 {other}", f"cuda:0 bfloat16 {agrees}"]
+    assert status == (found is not None)
+    if found is not None:
+        assert line(out, "PROBLEM") == f"PROBLEM: the Triton backend on cuda:0 in float16: {other}"
+    status, out = report("--json")
+    assert status == (found is not None)
+    findings = json.loads(out)
+    assert findings["triton"] == {"cuda:0": None}
+    assert findings["self_check"] == {"cuda:0": {"float32": agrees, "float16": other, "bfloat16": agrees}}
+
+
+def test_nothing_is_held_against_anything_in_the_interpreter(report, monkeypatch, gpu):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(_runtime, "target", lambda _: _runtime.INTERPRETER)
+    monkeypatch.setattr(doctor, "disagreement_of_any_kind", None)
+    status, out = report()
+    assert status == 0
+    assert gpu_lines(out)[1] == "cuda:0 cannot be used: TRITON_INTERPRET=1, under which nothing is compiled for it"
+
+
+@pytest.mark.parametrize(("triton", "numpy", "noted"), [("3.6.0", "2.4.6", True), ("3.7.1", "2.4.6", False)])
+def test_an_interpreter_that_numpy_is_too_new_for(report, monkeypatch, triton: str, numpy: str, noted: bool):
+    monkeypatch.setattr(_triton_here, "_version", {"triton": triton, "numpy": numpy}.get)
+    status, out = report()
+    assert status == 0
+    note = "Note: the interpreter of Triton 3.6.0 does not run with numpy 2.4.6: use triton >= 3.7 or numpy < 2.4."
+    assert (note in out) == noted
 
 
 def test_a_gpu_that_torch_was_not_built_for(report, monkeypatch):

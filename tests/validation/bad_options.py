@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 import carma_kernels as ck
-from carma_kernels import CarmaConfig
+from carma_kernels import CarmaConfig, _backend, _runtime, _triton_here
 from tests.validation.calls import (
     FUNCTIONS,
     HIDDEN,
@@ -179,6 +180,32 @@ def call_with_variable(function: str, value: str) -> object:
             os.environ["CARMA_KERNELS_BACKEND"] = before
 
 
+def call_on_a_gpu(function: str, self_check: str) -> object:
+    """With the variable that says whether Triton is compared with the torch backend first."""
+    gpu = _runtime.TARGETS["sm_90"]
+    before = {name: value for name, value in os.environ.items() if name != "CARMA_KERNELS_BACKEND"}
+    with (
+        mock.patch.object(_runtime, "target", return_value=gpu),
+        mock.patch.object(_backend, "_obstacles", {HIDDEN.device: None}),
+        mock.patch.object(_backend, "_admitted", set()),
+        mock.patch.dict(os.environ, {**before, "CARMA_KERNELS_SELF_CHECK": self_check}, clear=True),
+        mock.patch.dict(sys.modules, {"carma_kernels.ops": mock.Mock()}),
+        mock.patch.object(ck, "ops", mock.Mock(), create=True),
+    ):
+        return call(function)
+
+
+def in_an_interpreter_too_old(name: str) -> object:
+    """For the numpy beside it."""
+    versions = {"triton": "3.6.0", "numpy": "2.4.6"}
+    with (
+        mock.patch.object(_runtime, "target", return_value=_runtime.INTERPRETER),
+        mock.patch.object(_triton_here, "_version", versions.get),
+        mock.patch("importlib.util.find_spec"),
+    ):
+        return ck.choose_backend(name, "cpu")
+
+
 def without_triton(name: str) -> object:
     with mock.patch("importlib.util.find_spec", return_value=None):
         return ck.choose_backend(name, "cuda")
@@ -205,6 +232,22 @@ BACKENDS = [
         without_triton,
         "backend",
         [("triton", RuntimeError, "Triton is not installed", "pip install triton")],
+    ),
+    *bad_values(
+        "choose_backend in an interpreter that does not run",
+        in_an_interpreter_too_old,
+        "backend",
+        [("triton", RuntimeError, "Triton 3.6.0 does not run with numpy 2.4.6", "use triton >= 3.7 or numpy < 2.4")],
+    ),
+    *(
+        row
+        for function in FUNCTIONS
+        for row in bad_values(
+            function,
+            lambda value, f=function: call_on_a_gpu(f, value),
+            "CARMA_KERNELS_SELF_CHECK",
+            [(value, ValueError, repr(value), "must be 1 (or left out), or 0") for value in ("no", "2", "false")],
+        )
     ),
 ]
 
