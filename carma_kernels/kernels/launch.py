@@ -11,13 +11,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
-
-import triton
 
 from carma_kernels._runtime import Target
 
-_TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
+
+@cache
+def _triton() -> tuple[int, int]:
+    """The version that compiles. Imported here alone, so that a process may still choose to have it interpret."""
+    import triton
+
+    major, minor, *_ = triton.__version__.split(".")
+    return int(major), int(minor)
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ class Configuration:
             and self.min_bytes <= element_bytes <= self.max_bytes
             and self.shared_memory <= target.shared_memory
             and (self.max_registers is None or target.capability is not None)
-            and (not self.only_with or _TRITON in self.only_with)
+            and (not self.only_with or _triton() in self.only_with)
         )
 
     @property
