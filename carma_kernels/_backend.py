@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import is_fake
 
 from carma_kernels import _runtime, _self_check, _triton_here, eager
 from carma_kernels._small_problem import SmallProblem, like_similarity, like_terms
+from carma_kernels._terms import Backend
 
 BACKENDS = ("torch", "triton")
 VARIABLE = "CARMA_KERNELS_BACKEND"
@@ -66,7 +67,7 @@ def choose(backend: str | None, device: torch.device | str) -> tuple[str, str]:
     return asked, f"{by} asks for it"
 
 
-def implementation(backend: str | None, device: torch.device) -> Any:
+def implementation(backend: str | None, device: torch.device) -> Backend:
     """The module that computes, or something that offers the same functions.
 
     Where Triton would be picked but cannot be used, it is the torch backend, and a warning, once, says why.
@@ -101,11 +102,11 @@ class _TritonOnceItAgrees:
 
     def carma_terms(self, hidden: Any, mi: Any, stability: Any, group: str | None = None) -> Any:
         """As `carma_kernels.eager.carma_terms`."""
-        takes = self._ops.takes(hidden[0])
-        kernels = self._ops.kernels_for(hidden[0], mi) if takes else ""
-        if takes and self._is_admitted(hidden[0], kernels, like_terms, hidden, mi, stability):
-            return self._ops.carma_terms(hidden, mi, stability, group)
-        return eager.carma_terms(hidden, mi, stability, group)
+        return self._for_terms(hidden, mi, stability).carma_terms(hidden, mi, stability, group)
+
+    def carma_terms_and_gradients(self, hidden: Any, mi: Any, stability: Any, group: str | None = None) -> Any:
+        """As `carma_kernels.eager.carma_terms_and_gradients`."""
+        return self._for_terms(hidden, mi, stability).carma_terms_and_gradients(hidden, mi, stability, group)
 
     def pairwise_similarity(self, hidden: Any, *arguments: Any) -> Any:
         """As `carma_kernels.eager.pairwise_similarity`."""
@@ -113,6 +114,13 @@ class _TritonOnceItAgrees:
         if takes and self._is_admitted(hidden[0], "similarity", like_similarity, hidden, *arguments):
             return self._ops.pairwise_similarity(hidden, *arguments)
         return eager.pairwise_similarity(hidden, *arguments)
+
+    def _for_terms(self, hidden: Any, mi: Any, stability: Any) -> Any:
+        takes = self._ops.takes(hidden[0])
+        kernels = self._ops.kernels_for(hidden[0], mi) if takes else ""
+        if takes and self._is_admitted(hidden[0], kernels, like_terms, hidden, mi, stability):
+            return self._ops
+        return eager
 
     def _is_admitted(self, layer: Tensor, kernels: str, like: Callable[..., SmallProblem], *call: Any) -> bool:
         """Whether Triton computes a call, which may have to be found out."""

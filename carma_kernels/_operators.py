@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from carma_kernels._terms import MITerm, Similarity, StabilityTerm
+from carma_kernels._terms import Gradients, HiddenStates, MITerm, Similarity, StabilityTerm
 from carma_kernels.pairs import PairIndex
 from carma_kernels.spans import ContrastTable
-
-HiddenStates = Tensor | Sequence[Tensor]
 
 
 class CarmaArguments(NamedTuple):
@@ -137,20 +134,26 @@ def empty_gradients(hidden: Sequence[Tensor], needs_grad: Sequence[bool]) -> lis
     ]
 
 
-_only: list[Collection[int]] = []  # not a context variable: on a GPU, autograd runs a backward on a thread of its own
+def terms_and_gradients(forward: Any, backward: Any, arguments: CarmaArguments) -> tuple[Tensor, Tensor, Gradients]:
+    """Both losses, unreduced and connected to nothing, and what makes the gradients of some layers when it is called.
 
-
-@contextmanager
-def only_layers(indices: Collection[int]) -> Iterator[None]:
-    """Have a backward compute the gradients of some of the listed hidden states alone.
-
-    An operator learns which of its inputs require a gradient, not which of them `torch.autograd.grad` was asked for.
+    Args:
+        forward, backward: the registered operators, as for `register_gradient`.
+        arguments: of both; the gradient of a temperature is not to be had so. The hidden states are not held on to.
     """
-    _only.append(indices)
-    try:
-        yield
-    finally:
-        _only.pop()
+    with torch.no_grad():
+        sums, changes, *kept = forward(*arguments)
+    without_states = arguments._replace(hidden=[])
+
+    def gradients(
+        hidden: Sequence[Tensor], grad_sums: Tensor | None, grad_changes: Tensor | None, wanted: list[bool]
+    ) -> list[Tensor]:
+        asked = without_states._replace(hidden=list(hidden))
+        with torch.no_grad():
+            found, _ = backward(grad_sums, grad_changes, [changes, *kept], wanted, False, *asked)
+        return list(found)
+
+    return sums, changes, gradients
 
 
 def register_gradient(forward: Any, backward: Any, arguments: Any, num_losses: int, function: str) -> None:
@@ -178,11 +181,8 @@ def register_gradient(forward: Any, backward: Any, arguments: Any, num_losses: i
         tensors = iter(ctx.saved_tensors)
         given = arguments(*(_taken_out(argument, tensors) for argument in ctx.arguments))
         found = [[None] * len(argument) if _is_list(argument) else None for argument in given]
-        only = _only[-1] if _only else None
-        needs_hidden = [
-            bool(needed) and (only is None or at in only) for at, needed in enumerate(ctx.needs_input_grad[0])
-        ]
-        needs_temperature = bool(ctx.needs_input_grad[temperature_at]) and only is None
+        needs_hidden = [bool(needed) for needed in ctx.needs_input_grad[0]]
+        needs_temperature = bool(ctx.needs_input_grad[temperature_at])
         losses = upstream[:num_losses]
         if any(gradient is not None for gradient in losses):
             gradients, work = backward(*losses, list(tensors), needs_hidden, needs_temperature, *given)

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from carma_kernels.pairs import PairIndex
 from carma_kernels.spans import ContrastTable
+
+HiddenStates = Tensor | Sequence[Tensor]
+"""`[L, B, T, D]`, or L times `[B, T, D]`"""
+
+Gradients = Callable[[Sequence[Tensor], Tensor | None, Tensor | None, list[bool]], list[Tensor]]
+"""Of the hidden states given, those of the layers that are wanted, in order; the two in between are the gradients of
+the two terms. Layers that are not next to a wanted one are not read."""
 
 
 @dataclass(frozen=True)
@@ -39,3 +49,26 @@ class StabilityTerm:
 
 ZERO_NORM = 1e-8
 """A vector is taken to have no length, hence similarity 0 and gradient 0, up to this norm."""
+
+
+class TermsBackend(Protocol):
+    """What computes the losses."""
+
+    def carma_terms(
+        self, hidden: HiddenStates, mi: MITerm | None, stability: StabilityTerm | None, group: str | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Both losses, unreduced: see `eager.carma_terms`."""
+
+
+class Backend(TermsBackend, Protocol):
+    """What each backend's module offers."""
+
+    def carma_terms_and_gradients(
+        self, hidden: Sequence[Tensor], mi: MITerm | None, stability: StabilityTerm | None, group: str | None = None
+    ) -> tuple[Tensor, Tensor, Gradients]:
+        """The same, connected to nothing, and what makes the gradients of some of the layers."""
+
+    def pairwise_similarity(
+        self, hidden: HiddenStates, layers: range, similarity: Similarity, mask: Tensor | None, out_dtype: torch.dtype
+    ) -> Tensor:
+        """The matrix `[L, B, T, T]`."""

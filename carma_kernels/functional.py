@@ -5,22 +5,21 @@ Letters: `L` layers, `B` batch, `T` tokens, `D` width, `A` anchors, `P` pairs, `
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from carma_kernels import _backend, _validate, distributed
-from carma_kernels._terms import MITerm, Similarity, StabilityTerm
+from carma_kernels._terms import HiddenStates, MITerm, Similarity, StabilityTerm, TermsBackend
 from carma_kernels.config import CarmaConfig, checked
 from carma_kernels.pairs import PairIndex
 from carma_kernels.spans import ContrastTable, TokenSpans
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-HiddenStates = Tensor | Sequence[Tensor]
 
 
 class CarmaOutput(NamedTuple):
@@ -74,8 +73,7 @@ def pairwise_similarity(
     similarity = _similarity(metric, temperature, first)
     valid = _validate.mask(mask, first)
     dtype = _validate.out_dtype(out_dtype)
-    implementation: _Backend = _backend.implementation(backend, first.device)
-    return implementation.pairwise_similarity(hidden, chosen, similarity, valid, dtype)
+    return _backend.implementation(backend, first.device).pairwise_similarity(hidden, chosen, similarity, valid, dtype)
 
 
 def mi_loss(
@@ -138,7 +136,7 @@ def mi_loss(
     if group is not None and negatives == "batch":
         hidden, chosen, pairs = _joined_batch(hidden, chosen, pairs, group)
     term = MITerm(chosen, _table(pairs, negatives), similarity, match)
-    sums, _ = _terms(backend, first.device, hidden, term, None, group)
+    sums, _ = _terms(_backend.implementation(backend, first.device), hidden, term, None, group)
     if reduction == "sum":
         return sums.sum()
     means = sums / count
@@ -181,7 +179,7 @@ def stability_loss(
     hidden, first, (chosen,) = _layers(hidden_states, layers=layers)
     _validate.option(reduction, _validate.REDUCTIONS, "reduction")
     term = StabilityTerm(chosen, _validate.mask(mask, first), _validate.positive_number(eps, "eps"))
-    _, changes = _terms(backend, first.device, hidden, None, term, group)
+    _, changes = _terms(_backend.implementation(backend, first.device), hidden, None, term, group)
     if reduction == "none":
         return changes
     return changes.sum() if reduction == "sum" else changes.sum() / max(1, len(changes))
@@ -214,6 +212,21 @@ def carma_loss(
     Raises:
         TypeError, ValueError: an input that does not fit; the message says which, and the way out.
     """
+    return carma_loss_by(
+        partial(_backend.implementation, backend), hidden_states, spans_or_pairs, config, mask, num_pairs, group
+    )
+
+
+def carma_loss_by(
+    choose: Callable[[torch.device], TermsBackend],
+    hidden_states: HiddenStates,
+    spans_or_pairs: TokenSpans | PairIndex,
+    config: CarmaConfig,
+    mask: Tensor | None,
+    num_pairs: float | Tensor | None,
+    group: ProcessGroup | None,
+) -> CarmaOutput:
+    """`carma_loss`, by the backend chosen for the hidden states' device."""
     config = checked(config)
     _validate.group(group)
     hidden, first, (mi_layers, stability_layers) = _layers(
@@ -225,14 +238,15 @@ def carma_loss(
     pairs = _validate.pairs(spans_or_pairs, first, len(mi_layers))
     stability_term = StabilityTerm(stability_layers, _validate.mask(mask, first), config.eps)
     count = _divisor(num_pairs, pairs.num_pairs, "mean", first.device, group)
+    backend = choose(first.device)
     if group is not None and negatives == "batch":  # two passes, since the losses are over different batches
         joined, layers, pairs = _joined_batch(hidden, mi_layers, pairs, group)
         mi_term = MITerm(layers, _table(pairs, negatives), similarity, match)
-        sums, _ = _terms(backend, first.device, joined, mi_term, None, group)
-        _, changes = _terms(backend, first.device, hidden, None, stability_term, group)
+        sums, _ = _terms(backend, joined, mi_term, None, group)
+        _, changes = _terms(backend, hidden, None, stability_term, group)
     else:
         mi_term = MITerm(mi_layers, _table(pairs, negatives), similarity, match)
-        sums, changes = _terms(backend, first.device, hidden, mi_term, stability_term, group)
+        sums, changes = _terms(backend, hidden, mi_term, stability_term, group)
     mi_per_layer = sums / count
     mi = mi_per_layer.mean()
     stability = changes.sum()
@@ -274,36 +288,22 @@ def _layers(hidden_states: Any, **ranges: tuple[int, int] | None) -> tuple[Hidde
     return layers[start:stop], layers[0], tuple(range(r.start - start, r.stop - start) for r in chosen)
 
 
-class _Backend(Protocol):
-    """What each backend's module offers, as `eager` documents it."""
-
-    def carma_terms(
-        self, hidden: HiddenStates, mi: MITerm | None, stability: StabilityTerm | None, group: str | None = None
-    ) -> tuple[Tensor, Tensor]: ...
-
-    def pairwise_similarity(
-        self, hidden: HiddenStates, layers: range, similarity: Similarity, mask: Tensor | None, out_dtype: torch.dtype
-    ) -> Tensor: ...
-
-
 def _similarity(metric: str, temperature: float | Tensor, first: Tensor) -> Similarity:
     cosine = _validate.option(metric, _validate.METRICS, "metric") == "cosine"
     return Similarity(cosine, _validate.temperature(temperature, first.device))
 
 
 def _terms(
-    backend: str | None,
-    device: torch.device,
+    backend: TermsBackend,
     hidden: HiddenStates,
     mi: MITerm | None,
     stability: StabilityTerm | None,
     group: ProcessGroup | None,
 ) -> tuple[Tensor, Tensor]:
     """Of the group's joined batch, if there is a group."""
-    implementation: _Backend = _backend.implementation(backend, device)
     if group is None:
-        return implementation.carma_terms(hidden, mi, stability)
-    sums, changes = implementation.carma_terms(hidden, mi, stability, group.group_name)
+        return backend.carma_terms(hidden, mi, stability)
+    sums, changes = backend.carma_terms(hidden, mi, stability, group.group_name)
     return distributed.scale_gradient(sums, group.size()), distributed.scale_gradient(changes, group.size())
 
 

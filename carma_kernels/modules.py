@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from carma_kernels._terms import HiddenStates
 from carma_kernels.config import CarmaConfig, checked
-from carma_kernels.functional import CarmaOutput, HiddenStates, carma_loss, mi_loss, stability_loss
+from carma_kernels.functional import CarmaOutput, carma_loss, mi_loss, stability_loss
 from carma_kernels.pairs import PairIndex
 from carma_kernels.spans import TokenSpans
 

@@ -4,7 +4,7 @@ One layer at a time, in fp32 (fp64 for fp64 inputs), so the workspace is bounded
 forward and backward only a few numbers a token are kept.
 """
 
-from carma_kernels.eager.carma import carma_terms
+from carma_kernels.eager.carma import carma_terms, carma_terms_and_gradients
 from carma_kernels.eager.similarity import pairwise_similarity
 
-__all__ = ["carma_terms", "pairwise_similarity"]
+__all__ = ["carma_terms", "carma_terms_and_gradients", "pairwise_similarity"]

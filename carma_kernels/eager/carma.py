@@ -18,8 +18,9 @@ from carma_kernels._operators import (
     carma_arguments,
     empty_gradients,
     register_gradient,
+    terms_and_gradients,
 )
-from carma_kernels._terms import MITerm, StabilityTerm
+from carma_kernels._terms import Gradients, MITerm, StabilityTerm
 from carma_kernels.distributed import join_terms
 from carma_kernels.eager.layers import (
     LayerRows,
@@ -49,6 +50,13 @@ def carma_terms(
     """
     sums, terms, *_ = _forward(*carma_arguments(hidden, mi, stability, group, _tables))
     return sums, terms
+
+
+def carma_terms_and_gradients(
+    hidden: Sequence[Tensor], mi: MITerm | None, stability: StabilityTerm | None, group: str | None = None
+) -> tuple[Tensor, Tensor, Gradients]:
+    """The same of L times `[B, T, D]`, connected to nothing, and what makes the gradients of some of the layers."""
+    return terms_and_gradients(_forward, _backward, carma_arguments(hidden, mi, stability, group, _tables))
 
 
 def _tables(table: ContrastTable) -> list[Tensor]:

@@ -23,9 +23,10 @@ from carma_kernels._operators import (
     carma_arguments,
     empty_gradients,
     register_gradient,
+    terms_and_gradients,
 )
 from carma_kernels._ranks import RankTable
-from carma_kernels._terms import MITerm, StabilityTerm
+from carma_kernels._terms import Gradients, MITerm, StabilityTerm
 from carma_kernels.distributed import join_terms
 from carma_kernels.ops.layers import (
     LayerTable,
@@ -62,10 +63,23 @@ def carma_terms(
         layer of `stability.layers` with the next, `[len(stability.layers) - 1]`; fp32. Empty for a term that is None.
         Both are connected to every layer and, where it is a tensor, to the temperature.
     """
+    sums, losses, *_ = _forward(*_arguments(hidden, mi, stability, group))
+    return sums, losses
+
+
+def carma_terms_and_gradients(
+    hidden: Sequence[Tensor], mi: MITerm | None, stability: StabilityTerm | None, group: str | None = None
+) -> tuple[Tensor, Tensor, Gradients]:
+    """The same of L times `[B, T, D]`, connected to nothing, and what makes the gradients of some of the layers."""
+    return terms_and_gradients(_forward, _backward, _arguments(hidden, mi, stability, group))
+
+
+def _arguments(
+    hidden: Tensor | Sequence[Tensor], mi: MITerm | None, stability: StabilityTerm | None, group: str | None
+) -> CarmaArguments:
     arguments = carma_arguments(hidden, mi, stability, group, _tables)
     check_dtype(arguments.hidden[0])
-    sums, losses, *_ = _forward(*arguments)
-    return sums, losses
+    return arguments
 
 
 def _tables(table: ContrastTable) -> list[Tensor]:

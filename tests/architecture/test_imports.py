@@ -41,15 +41,18 @@ ROOMS = {
     "_small_problem": Room({"_terms", "pairs", "spans"}, {"torch"}),
     "_self_check": Room({"_small_problem", "eager"}, {"torch"}),
     "_triton_here": Room({"_runtime", "_self_check", "ops"}, {"torch"}),
-    "_backend": Room({"_runtime", "_self_check", "_small_problem", "_triton_here", "eager", "ops"}, {"torch"}),
+    "_backend": Room(
+        {"_runtime", "_self_check", "_small_problem", "_terms", "_triton_here", "eager", "ops"}, {"torch"}
+    ),
     "_validate": Room({"pairs", "spans"}, {"torch"}),
     "config": Room({"_validate"}, {"torch"}),
     "functional": Room({"_backend", "_terms", "_validate", "config", "distributed", "pairs", "spans"}, {"torch"}),
-    "modules": Room({"config", "functional", "pairs", "spans"}, {"torch"}),
+    "modules": Room({"_terms", "config", "functional", "pairs", "spans"}, {"torch"}),
+    "_by_layer": Room({"_backend", "_terms", "config", "functional", "pairs", "spans"}, {"torch"}),
     "carma_kernels": Room(INTERFACE, set()),
     # in other people's code
     "integrations": Room(
-        {"_encodings", "_operators", "_terms", "_validate", "carma_kernels", "eager", *INTERFACE},
+        {"_by_layer", "_encodings", "_terms", "_validate", "carma_kernels", "eager", *INTERFACE},
         {"numpy", "torch", "transformers"},
     ),
     # the commands

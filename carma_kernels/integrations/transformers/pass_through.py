@@ -1,44 +1,55 @@
-"""CARMA's gradient added to the task's while the backward passes by, so that there never is one buffer for each layer.
+"""CARMA's gradient made layer by layer while the backward passes by, so that there never is one buffer for each layer.
 
 The plain call's backward makes the gradients of all layers at once, when the activations of the whole model are still
-there. Here an identity follows each block. The loss is computed apart from the model's graph, and joined to it by a
-node that takes the hidden states and gives them no gradient, but which autograd therefore runs before every identity:
-it notes which gradient arrived for the loss. The identities, last block first, then make their layers' gradients, a
-few layers at a time, add the incoming ones, and hand the sums on; hidden states that no layer is waiting for any more
-are let go of.
+there. Here a loss is computed apart from the model's graph, and each layer has a node of its own there, its *share*,
+which takes the layer's hidden states as any loss would, and whose backward makes their gradient. An identity follows
+each block and takes the share of the layer before, which it so holds back: autograd runs an identity before the nodes
+it takes from, of these the newest first, and so comes to that share when it has gone back through the block. The last
+layer's share is taken by the losses, whose gradients therefore arrive before any share is asked for.
+
+So hidden states get the whole gradient, the losses' and what comes from above, wherever one looks. A few layers'
+gradients are made at a time, and hidden states that no layer is waiting for any more are let go of.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
-from carma_kernels import CarmaConfig, CarmaOutput, PairIndex, TokenSpans, carma_loss
-from carma_kernels._operators import only_layers
+from carma_kernels import CarmaConfig, CarmaOutput, PairIndex, TokenSpans
+from carma_kernels._by_layer import LossByLayer, TermGradients
 
 _AT_ONCE = 4
 """Layers whose gradients are made by one call. A call costs host time, a gradient memory, of which a language model has
 just given back many times as much: its logits' gradient."""
 
 
-class PassThrough:
-    """The identities of one forward, and the losses of what went through them."""
+class Capture(Protocol):
+    """The tap's reference to what a block returned."""
 
-    def __init__(self, captured: list[Tensor | None]) -> None:
+    states: Tensor | None
+
+
+class PassThrough:
+    """The nodes of one forward, and the losses of what went through them."""
+
+    def __init__(self, captures: Sequence[Capture]) -> None:
         """Take the tap's references to the hidden states, which the backward lets go of."""
-        self._captured = captured
+        self._captures = captures
         self._losses: list[_Loss] = []
+        self._held_back: Tensor | None = None  # the newest share, which nobody has taken yet
         self.released = False  # a backward has let go of some
 
     def identity(self, slot: int, states: Tensor) -> Tensor:
         """`states` `[B, T, D]` of the block with this number, for the next block to take."""
-        # weak: the identity is reachable from the captured states, and they from here
-        through: Tensor = _Identity.apply(weakref.ref(self), slot, states)
+        # weak: the nodes are reachable from the captured states, and they from here
+        this = weakref.ref(self)
+        through: Tensor = _Identity.apply(this, slot, states, self._held_back)
+        self._held_back = _Share.apply(this, slot, through)
         return through
 
     def carma_loss(
@@ -56,104 +67,92 @@ class PassThrough:
         exchanged = options.get("group") is not None and config.negatives == "batch"
         if learned or exchanged or not passed or not different or not torch.is_grad_enabled():
             return None
-        loss = _Loss(states, prefix)
-        output = loss.compute(pairs, config, options)
+        loss = _Loss(states, prefix, pairs, config, options)
         self._losses.append(loss)
-        connected = _Join.apply(self, loss, *states)
-        return output._replace(loss=connected[0], mi=connected[1], stability=connected[2])
+        connected = _Join.apply(self, loss, self._held_back)
+        return loss.output._replace(loss=connected[0], mi=connected[1], stability=connected[2])
 
-    def add_gradients(self, slot: int, incoming: Tensor | None) -> Tensor | None:
-        """Those of the losses for one layer, added to the one from above, `[B, T, D]`."""
-        for loss in self._losses:
-            incoming = loss.add_gradient(slot, incoming)
-        if not _graph_is_kept():
-            self._captured[slot] = None
+    def share(self, slot: int) -> Tensor | None:
+        """The losses' gradient of one layer `[B, T, D]`; None if none has arrived."""
+        shares = (loss.share(slot) for loss in self._losses)
+        found = [share for share in shares if share is not None]
+        return sum(found[1:], found[0]) if found else None
+
+    def let_go(self, slot: int) -> None:
+        """Of the captured states of a layer that the backward has come by."""
+        if self._captures and not _graph_is_kept():
+            self._captures[slot].states = None
             self.released = True
-        return incoming
+
+    def forget_captures(self) -> None:
+        """The tap is about to capture another forward."""
+        self._captures = ()
 
 
 class _Loss:
-    """A loss with a graph of its own, whose backward is run a few layers at a time."""
+    """A loss of the hidden states of all layers, whose gradients are made a few layers at a time."""
 
-    def __init__(self, states: Sequence[Tensor], prefix: int) -> None:
+    def __init__(
+        self,
+        states: Sequence[Tensor],
+        prefix: int,
+        pairs: TokenSpans | PairIndex,
+        config: CarmaConfig,
+        options: dict[str, Any],
+    ) -> None:
+        own = [layer.detach()[:, prefix:] for layer in states]  # [B, T, D] each
+        self._by_layer: LossByLayer | None = LossByLayer(own, pairs, config, **options)
+        self.output = self._by_layer.output
         self._prefix = prefix
-        self._states: list[Tensor | None] = [layer.detach()[:, prefix:] for layer in states]  # [B, T, D] each
-        self._waiting = {slot for slot, layer in enumerate(states) if layer.requires_grad}
-        self._edges: dict[int, GradientEdge] = {}
-        self._first = 0  # of the layers in use
-        self.outputs: tuple[Tensor, Tensor, Tensor] | None = None  # loss, mi, stability
-        self._upstream: tuple[Tensor | None, ...] = ()
-        self._backward = -1  # the run of autograd in which `_upstream` arrived
-        self._made: dict[int, Tensor | None] = {}  # gradients that their layers have not fetched yet
-        self._slot = 0  # whose gradient is wanted
+        self._states: list[Tensor | None] = [*own]
+        self._versions = [layer._version for layer in own]
+        self._waiting = {slot for slot in self._by_layer.layers if states[slot].requires_grad}
+        self._arrived: dict[int, TermGradients] = {}  # by the run of autograd that they arrived in
+        self._made: dict[int, dict[int, Tensor]] = {}  # gradients by that run, until their layers fetch them
 
-    def compute(self, pairs: TokenSpans | PairIndex, config: CarmaConfig, options: dict[str, Any]) -> CarmaOutput:
-        """The output, connected to nothing but this loss."""
-        states = [layer for layer in self._states if layer is not None]
-        ranges = (config.mi_layers, config.stability_layers)
-        self._first = min(0 if bounds is None else bounds[0] for bounds in ranges)
-        # not leaves: the graph would keep those, and their memory
-        anchor = torch.zeros((), device=states[0].device, requires_grad=True)
-        sources = [
-            _Source.apply(anchor, layer) if slot in self._waiting else layer for slot, layer in enumerate(states)
-        ]
-        self._edges = {slot: get_gradient_edge(sources[slot]) for slot in self._waiting}
-        slots = {layer.data_ptr(): slot for slot, layer in enumerate(states)}
-        versions = [layer._version for layer in states]
+    def arrive(self, upstream: Sequence[Tensor | None]) -> None:
+        """The gradients of the outputs, as a backward begins."""
+        if self._by_layer is None:
+            raise RuntimeError(
+                "Trying to go backward through a CARMA loss a second time, when the first has let go of the hidden "
+                "states. Say retain_graph=True the first time."
+            )
+        run = torch._C._current_graph_task_id()
+        self._arrived[run], self._made[run] = self._by_layer.of_terms(upstream), {}
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: self._forget(run))
 
-        def pack(tensor: Tensor) -> Tensor | int:
-            return slots.get(tensor.data_ptr(), tensor)
+    def _forget(self, run: int) -> None:
+        self._arrived.pop(run, None)
+        self._made.pop(run, None)
 
-        def unpack(packed: Tensor | int) -> Tensor:
-            if isinstance(packed, Tensor):
-                return packed
-            # one that was let go of is not next to a layer whose gradient is being made, so it is not read
-            slot = self._slot if self._states[packed] is None else packed
-            layer = self._states[slot]
-            assert layer is not None
-            if layer._version != versions[slot]:
-                raise RuntimeError(
-                    f"the hidden states of layer {slot} were changed in place between the CARMA loss and its backward. "
-                    "Clone them before they are written to."
-                )
-            return layer
-
-        with saved_tensors_hooks(pack, unpack):
-            output = carma_loss(sources, pairs, config, **options)
-        self.outputs = output[:3]
-        return output
-
-    def add_gradient(self, slot: int, incoming: Tensor | None) -> Tensor | None:
-        """This loss's gradient of one layer, added to the one from above."""
-        if self.outputs is None or self._backward != torch._C._current_graph_task_id():
-            return incoming
-        if slot not in self._made:
-            self._make(slot)
-        gradient = self._made.pop(slot)
+    def share(self, slot: int) -> Tensor | None:
+        """This loss's gradient of one layer, in the backward in progress."""
+        run = torch._C._current_graph_task_id()
+        if run not in self._arrived or slot not in self._waiting:
+            return None
+        made = self._made[run]
+        if slot not in made:
+            made.update(self._make(slot, self._arrived[run]))
+        share = made.pop(slot)
         if not _graph_is_kept():
             self._let_go(slot)
-        return _sum(gradient, incoming, self._prefix)
+        return torch.nn.functional.pad(share, (0, 0, self._prefix, 0)) if self._prefix else share
 
-    def arrive(self, upstream: tuple[Tensor | None, ...]) -> None:
-        """The gradients of `outputs`, as a backward begins."""
-        self._upstream, self._backward = upstream, torch._C._current_graph_task_id()
-        self._made.clear()
-
-    def _make(self, slot: int) -> None:
+    def _make(self, slot: int, terms: TermGradients) -> dict[int, Tensor]:
         """The gradient of this layer and of those before it, which come next."""
-        assert self.outputs is not None
-        self._slot = slot
-        slots = [at for at in range(slot, -1, -1) if at in self._edges][:_AT_ONCE]
-        arrived = [(out, grad) for out, grad in zip(self.outputs, self._upstream, strict=True) if grad is not None]
-        with only_layers([at - self._first for at in slots]):
-            gradients = torch.autograd.grad(
-                [out for out, _ in arrived],
-                [self._edges[at] for at in slots],
-                [grad for _, grad in arrived],
-                retain_graph=True,
-                allow_unused=True,
-            )
-        self._made.update(zip(slots, gradients, strict=True))
+        assert self._by_layer is not None
+        for at, layer in enumerate(self._states):
+            if layer is not None and layer._version != self._versions[at]:
+                raise RuntimeError(
+                    f"the hidden states of layer {at} were changed in place between the CARMA loss and its backward. "
+                    "Clone them before they are written to."
+                )
+        here = self._states[slot]
+        assert here is not None
+        # for those that were let go of, which are next to no layer whose gradient is to be made, any will do
+        states = [here if layer is None else layer for layer in self._states]
+        slots = [at for at in range(slot, -1, -1) if at in self._waiting][:_AT_ONCE]
+        return self._by_layer.of_layers(states, terms, slots)
 
     def _let_go(self, slot: int) -> None:
         """Of the hidden states that were last needed for this layer's gradient."""
@@ -162,16 +161,7 @@ class _Loss:
             if 0 <= done < len(self._states) and not {done - 1, done, done + 1} & self._waiting:
                 self._states[done] = None
         if not self._waiting:
-            self.outputs, self._edges = None, {}
-
-
-def _sum(gradient: Tensor | None, incoming: Tensor | None, prefix: int) -> Tensor | None:
-    """`gradient` `[B, T, D]`, which is written to, and `incoming` `[B, prefix + T, D]`, which others may hold too."""
-    if gradient is None:
-        return incoming
-    if prefix:
-        gradient = torch.nn.functional.pad(gradient, (0, 0, prefix, 0))
-    return gradient if incoming is None else gradient.add_(incoming)
+            self._by_layer = None
 
 
 def _graph_is_kept() -> bool:
@@ -181,43 +171,48 @@ def _graph_is_kept() -> bool:
 
 
 class _Identity(torch.autograd.Function):
-    """A block's output, unchanged; in the backward the losses' gradients join the one from above."""
+    """A block's output, unchanged, once the share of the layer before is there to be held back."""
 
     @staticmethod
-    def forward(ctx: Any, passes: weakref.ref[PassThrough], slot: int, states: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, passes: weakref.ref[PassThrough], slot: int, states: Tensor, _share_before: Tensor | None
+    ) -> Tensor:
         ctx.passes, ctx.slot = passes, slot
         ctx.set_materialize_grads(False)
         return states.detach()  # of a view autograd would forbid the in-place operations that it allows of `states`
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor | None) -> tuple[Any, ...]:
+        if (passes := ctx.passes()) is not None:
+            passes.let_go(ctx.slot)
+        return None, None, incoming, None
+
+
+class _Share(torch.autograd.Function):
+    """The losses of one layer's hidden states, as an empty tensor that stands for them."""
+
+    @staticmethod
+    def forward(ctx: Any, passes: weakref.ref[PassThrough], slot: int, states: Tensor) -> Tensor:
+        ctx.passes, ctx.slot = passes, slot
+        ctx.set_materialize_grads(False)
+        return states.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, _nothing: Tensor | None) -> tuple[Any, ...]:
         passes = ctx.passes()
-        return None, None, incoming if passes is None else passes.add_gradients(ctx.slot, incoming)
+        return None, None, None if passes is None else passes.share(ctx.slot)
 
 
 class _Join(torch.autograd.Function):
-    """The values of a loss, connected to the hidden states, which get their gradients from the identities."""
+    """The values of a loss, connected to the hidden states, which get their gradients from their shares."""
 
     @staticmethod
-    def forward(ctx: Any, passes: PassThrough, loss: _Loss, *_states: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, passes: PassThrough, loss: _Loss, _last_share: Tensor) -> tuple[Tensor, ...]:
         ctx.passes, ctx.loss = passes, loss  # also keeps them alive as long as the graph
         ctx.set_materialize_grads(False)
-        assert loss.outputs is not None
-        return tuple(output.detach() for output in loss.outputs)
+        return tuple(output.detach() for output in loss.output[:3])
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
         ctx.loss.arrive(upstream)
-        return (None,) * len(ctx.needs_input_grad)
-
-
-class _Source(torch.autograd.Function):
-    """Hidden states as an input of a loss's own graph."""
-
-    @staticmethod
-    def forward(_ctx: Any, _anchor: Tensor, states: Tensor) -> Tensor:
-        return states.detach()
-
-    @staticmethod
-    def backward(_ctx: Any, _gradient: Tensor) -> tuple[Any, ...]:
-        raise AssertionError("the gradient is asked for at the edge, before it gets here")
+        return None, None, None

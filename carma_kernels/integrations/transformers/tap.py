@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -71,7 +70,7 @@ class HiddenStateTap:
             )
         self.no_grad = no_grad
         self._peft: Any = next((part for part in model.modules() if hasattr(type(part), "active_peft_config")), None)
-        self._captured: list[Tensor | None] = [None] * len(chosen)
+        self._captures = [_Capture(self, slot) for slot in range(len(chosen))]
         self._passes_through = pass_through
         self._passing: PassThrough | None = None
         self._attached = True
@@ -81,7 +80,10 @@ class HiddenStateTap:
         self._handles = [
             owner.register_forward_pre_hook(self._begin),
             modules[chosen[0]].register_forward_pre_hook(self._begin_late),
-            *(modules[layer].register_forward_hook(partial(self._keep, slot)) for slot, layer in enumerate(chosen)),
+            *(
+                modules[layer].register_forward_hook(capture.keep)
+                for layer, capture in zip(chosen, self._captures, strict=True)
+            ),
         ]
 
     @property
@@ -93,9 +95,11 @@ class HiddenStateTap:
         Raises:
             RuntimeError: nothing was captured, or not by every block.
         """
-        captured = [states for states in self._captured if states is not None]
-        if len(captured) < len(self._captured) or (self._skipped and not torch.is_grad_enabled()):
-            raise RuntimeError(self._why_incomplete(len(captured)))
+        captured = [capture.states for capture in self._captures if capture.states is not None]
+        if len(captured) < len(self._captures) or (self._skipped and not torch.is_grad_enabled()):
+            raise RuntimeError(self._why_incomplete())
+        for capture in self._captures:
+            capture.check_unchanged()
         prefix = self.num_virtual_tokens
         return [states[:, prefix:] for states in captured] if prefix else captured
 
@@ -117,7 +121,7 @@ class HiddenStateTap:
         """`carma_kernels.carma_loss` of the hidden states of the last forward, with its arguments."""
         states = self.hidden_states
         if self._passing is not None:
-            whole = [layer for layer in self._captured if layer is not None]
+            whole = [capture.states for capture in self._captures if capture.states is not None]
             output = self._passing.carma_loss(whole, self.num_virtual_tokens, spans_or_pairs, config, **options)
             if output is not None:
                 return output
@@ -125,8 +129,10 @@ class HiddenStateTap:
 
     def clear(self) -> None:
         """Let go of what is captured; the next forward does so itself."""
-        self._captured[:] = [None] * len(self._captured)
-        self._captured = [*self._captured]  # the old one is the last forward's, whose backward may be still to come
+        for capture in self._captures:
+            capture.states = None
+        if self._passing is not None:
+            self._passing.forget_captures()  # its backward may be still to come
         self._passing = None
         self._skipped = False
 
@@ -151,7 +157,7 @@ class HiddenStateTap:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of a tapped model carries the hooks along; its tap is an idle one."""
-        idle: dict[str, Any] = {"_peft": None, "_captured": [], "_passing": None, "_handles": [], "_attached": False}
+        idle: dict[str, Any] = {"_peft": None, "_captures": [], "_passing": None, "_handles": [], "_attached": False}
         return {**vars(self), **idle, "_capturing": False}
 
     def _begin(self, _owner: nn.Module, _inputs: object) -> None:
@@ -165,7 +171,7 @@ class HiddenStateTap:
         if self._capturing:
             self.clear()
             if self._passes_through and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                self._passing = PassThrough(self._captured)
+                self._passing = PassThrough(self._captures)
 
     def _begin_late(self, block: nn.Module, inputs: object) -> None:
         """The first block runs; if nobody called its owner, as TransformerLens's `run_with_hooks`, a forward begins."""
@@ -173,19 +179,9 @@ class HiddenStateTap:
             self._begin(block, inputs)
         self._begun = False
 
-    def _keep(self, slot: int, _block: nn.Module, _inputs: object, output: Any) -> Any:
-        """A block has run. Nothing is computed here, or reentrant checkpointing would give it no gradient."""
-        if not self._capturing or _recomputing():
-            return None
-        states: Tensor = output if isinstance(output, Tensor) else output[0]
-        if self._passing is None or not states.requires_grad or type(output) not in (Tensor, tuple):
-            self._captured[slot] = states
-            return None
-        self._captured[slot] = states = self._passing.identity(slot, states)
-        return states if isinstance(output, Tensor) else (states, *output[1:])
-
-    def _why_incomplete(self, num_captured: int) -> str:
-        wanted = len(self._captured)
+    def _why_incomplete(self) -> str:
+        missing = [capture.slot for capture in self._captures if capture.states is None]
+        wanted = len(self._captures)
         if not self._attached:
             return "the tap was removed from its model, and holds no hidden states. Set a new one."
         if self._skipped:
@@ -198,16 +194,57 @@ class HiddenStateTap:
                 "the backward has let go of the hidden states. Read them before it, or keep them with "
                 "backward(retain_graph=True)."
             )
-        if num_captured:
-            missing = [slot for slot, states in enumerate(self._captured) if states is None]
+        if len(missing) < wanted:
             return (
-                f"only {num_captured} of {wanted} blocks ran in the last forward; layers {missing} of the tap did not "
-                "(LayerDrop, or an early exit). Turn that off, or tap the layers that always run with layers=."
+                f"only {wanted - len(missing)} of {wanted} blocks ran in the last forward; layers {missing} of the tap "
+                "did not (LayerDrop, or an early exit). Turn that off, or tap the layers that always run with layers=."
             )
         return (
             "no forward has run since the tap was set or cleared. Run the model, by calling it, before the loss; a "
             "model that had run compiled before the tap was set needs torch.compiler.reset() first."
         )
+
+
+class _Capture:
+    """What one block returned last.
+
+    An object for each block, and no number that tells the blocks apart: `torch.compile`, of one block after the other,
+    would compile the hook again for each number.
+    """
+
+    def __init__(self, tap: HiddenStateTap, slot: int) -> None:
+        self.tap = tap
+        self.slot = slot
+        self.states: Tensor | None = None
+        self._version: int | None = None  # of the states as the block returned them, where that is known
+
+    def keep(self, _block: nn.Module, _inputs: object, output: Any) -> Any:
+        """The block has run. Nothing is computed here, or reentrant checkpointing would give it no gradient."""
+        if not self.tap._capturing or _recomputing():
+            return None
+        states: Tensor = output if isinstance(output, Tensor) else output[0]
+        self.states, self._version = states, None
+        if torch.compiler.is_compiling():  # a block compiled by itself, too, in a forward that set identities up
+            return None
+        self._version = None if states.is_inference() else states._version
+        through = self.tap._passing
+        if through is None or not states.requires_grad or type(output) not in (Tensor, tuple):
+            return None
+        self.states = states = through.identity(self.slot, states)
+        return states if isinstance(output, Tensor) else (states, *output[1:])
+
+    def check_unchanged(self) -> None:
+        """Raise if somebody has written to the states since."""
+        if self.states is not None and self._version is not None and self.states._version != self._version:
+            raise RuntimeError(
+                f"the hidden states of layer {self.slot} were changed in place after their block had returned them, by "
+                "the next block perhaps: what it returned is no more. Have that operation make a new tensor, or tap "
+                "other layers with layers=."
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has captured nothing."""
+        return {**vars(self), "states": None}
 
 
 def _recomputing() -> bool:

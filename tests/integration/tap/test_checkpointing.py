@@ -63,7 +63,7 @@ def run(way: str, *, pass_through: bool, task_weight: float = 1.0, steps: int = 
         assert all(states.requires_grad for states in captured)
         (task_weight * task + tap.carma_loss(SPANS).loss).backward()
         # recomputed outputs are not captured: what is left is what was there, or nothing
-        left = [None if states is None else id(states) for states in tap._captured]
+        left = [None if capture.states is None else id(capture.states) for capture in tap._captures]
         assert left in ([id(states) for states in captured], [None] * LAYERS)
     assert calls == [steps * (1 if way == "none" else 2)] * LAYERS, "nothing was recomputed"
     return gradients(model)

@@ -8,11 +8,11 @@ import weakref
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import carma_kernels as ck
 from carma_kernels.integrations.transformers import HiddenStateTap
-from tests.integration.tap.models import LAYERS, SPANS, batch, blocks_of, build, gradients, hand_placed
+from tests.integration.tap.models import LAYERS, SPANS, VALID, batch, blocks_of, build, gradients, hand_placed
 
 pytestmark = pytest.mark.parametrize("pass_through", [True, False])
 
@@ -83,7 +83,7 @@ def test_nothing_under_no_grad(pass_through: bool) -> None:
     tap = HiddenStateTap(model, pass_through=pass_through)
     with torch.no_grad():
         model(**batch())
-    assert all(states is None for states in tap._captured)
+    assert all(capture.states is None for capture in tap._captures)
     with pytest.raises(RuntimeError, match=r"ran under torch.no_grad.*no_grad=True"):
         _ = tap.hidden_states
 
@@ -128,7 +128,7 @@ def test_generate(pass_through: bool, no_grad: bool) -> None:
         with torch.no_grad():
             assert [states.shape[1] for states in tap.hidden_states] == [1] * LAYERS  # the last token's forward
     else:
-        assert all(states is None for states in tap._captured)
+        assert all(capture.states is None for capture in tap._captures)
     model.train()
     model(**batch())
     tap.carma_loss(SPANS).loss.backward()
@@ -187,7 +187,7 @@ def test_nothing_outlives_a_step(pass_through: bool) -> None:
         assert all(memory.expired() for memory in storage)
         if pass_through:
             assert tap._passing is not None
-            assert [(loss.outputs, loss._edges) for loss in tap._passing._losses] == [(None, {})]
+            assert [loss._by_layer for loss in tap._passing._losses] == [None]
         assert carma.loss.isfinite()
     finally:
         gc.enable()
@@ -242,3 +242,17 @@ def test_two_taps(pass_through: bool) -> None:
     (ck.carma_loss(seen[:2], SPANS).loss + ck.carma_loss(seen[1:], SPANS).loss).backward()
     expected, got = gradients(twin), gradients(model)
     assert all(torch.allclose(got[name], expected[name], rtol=1e-4, atol=1e-6) for name in expected)
+
+
+def test_states_that_the_next_block_writes_to(pass_through: bool) -> None:
+    """What the first block returned is no more, and the loss of what took its place would be of no layer."""
+
+    class InPlace(nn.Module):
+        def forward(self, states: Tensor) -> Tensor:
+            return states.mul_(2)
+
+    model = nn.Sequential(nn.Linear(4, 4), InPlace())
+    tap = HiddenStateTap(model, blocks=[*model], pass_through=pass_through)
+    model(torch.randn(*VALID.shape, 4))
+    with pytest.raises(RuntimeError, match="states of layer 0 were changed in place after their block had returned"):
+        tap.carma_loss(SPANS)

@@ -172,7 +172,39 @@ def test_compiled_model(fresh_compiler: None, in_place: bool) -> None:
     assert distance(gradients(model), plain()) < 1e-5
     tap.remove()
     compiled(**batch())
-    assert all(states is None for states in tap._captured)
+    assert all(capture.states is None for capture in tap._captures)
+
+
+# torch hides it where it looks at a tensor's gradient itself, but for a filter that makes it an error
+torch_looks_at_gradients = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+
+
+@torch_looks_at_gradients
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_blocks_compiled_one_by_one(fresh_compiler: None, fullgraph: bool) -> None:
+    """`block.compile()` takes a block's hooks in, while the hook on the model around it stays as it is."""
+    model = build()
+    for block in blocks_of(model):
+        block.compile(backend="aot_eager", fullgraph=fullgraph)
+    tap = HiddenStateTap(model)
+    for _ in range(2):
+        model.zero_grad()
+        step(model, tap)
+    assert distance(gradients(model), plain()) < 1e-5
+
+
+@torch_looks_at_gradients
+def test_blocks_compiled_one_by_one_share_their_code(fresh_compiler: None) -> None:
+    """The tap has no block compiled again that is like another: of so many, torch would give up."""
+    blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(torch._dynamo.config.recompile_limit + 2))
+    for block in blocks:
+        block.compile(backend="eager", fullgraph=True)
+    model = nn.Sequential(*blocks)
+    tap = HiddenStateTap(model, blocks=blocks)
+    torch._dynamo.utils.counters.clear()
+    model(torch.randn(*VALID.shape, 4))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2  # the first block's input needs no gradient
+    assert len(tap.hidden_states) == len(blocks)
 
 
 @pytest.mark.parametrize("in_place", [False, True])
