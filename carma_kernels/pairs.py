@@ -19,7 +19,7 @@ class PairIndex:
     included; a slot of -1 holds none, and a pair with no negative costs 0 and still counts.
 
     Raises:
-        TypeError: not integer tensors.
+        TypeError: indices that are no integer tensors, or a mask that is no tensor of booleans or integers.
         ValueError: shapes or devices that do not belong together, or (checked for CPU tensors only, since no check
             reads device memory) an index outside `[0, B*T)`.
     """
@@ -32,6 +32,9 @@ class PairIndex:
     """`[P, K]`, or `[L, P, K]` with a draw for each layer; int32"""
     shape: tuple[int, int]
     """`(B, T)` of the hidden states that the indices point into"""
+    attention_mask: Tensor | None = None
+    """`[B, T]` bool, the valid tokens, which are all that the stability term of `carma_loss` is a mean over; integers
+    are converted. `None`: every token is valid"""
 
     def __post_init__(self) -> None:
         """Check what can be checked without reading device memory."""
@@ -53,6 +56,7 @@ class PairIndex:
             raise ValueError(
                 f"negatives must be [P, K] or [L, P, K] with P = {P} as in anchor, got {list(self.negatives.shape)}."
             )
+        self._check_mask()
         if len({self.anchor.device, self.positive.device, self.negatives.device}) > 1:
             raise ValueError(
                 f"anchor, positive and negatives must be on one device, got {self.anchor.device}, "
@@ -62,6 +66,29 @@ class PairIndex:
             self._check_range()
         for name in ("anchor", "positive", "negatives"):
             object.__setattr__(self, name, getattr(self, name).int())
+        if self.attention_mask is not None:
+            object.__setattr__(self, "attention_mask", self.attention_mask.bool())
+
+    def _check_mask(self) -> None:
+        mask = self.attention_mask
+        if mask is None:
+            return
+        if not isinstance(mask, Tensor) or mask.is_floating_point() or mask.is_complex():
+            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(
+                f"attention_mask must be a bool or integer tensor [B, T], 0 for padding, got {got}. Pass the batch's "
+                "own, spans.attention_mask, or None where no token is padding."
+            )
+        if mask.shape != self.shape:
+            raise ValueError(
+                f"attention_mask has shape {list(mask.shape)}, the hidden states {list(self.shape)}; both must be "
+                "[B, T] of the same padded batch."
+            )
+        if mask.device != self.anchor.device:
+            raise ValueError(
+                f"attention_mask is on {mask.device}, anchor on {self.anchor.device}; they must be on one device. "
+                f"Pass attention_mask.to({str(self.anchor.device)!r})."
+            )
 
     def _check_range(self) -> None:
         B, T = self.shape
@@ -92,4 +119,11 @@ class PairIndex:
         return self._map(Tensor.pin_memory)
 
     def _map(self, move: Callable[[Tensor], Tensor]) -> PairIndex:
-        return PairIndex(move(self.anchor), move(self.positive), move(self.negatives), self.shape)
+        mask = self.attention_mask
+        return PairIndex(
+            move(self.anchor),
+            move(self.positive),
+            move(self.negatives),
+            self.shape,
+            None if mask is None else move(mask),
+        )

@@ -184,6 +184,7 @@ class TokenSpans:
         host, layout = _concatenate(
             {
                 "word": word,
+                "attention_mask": _as_numbers(valid),
                 "sequence_word": compared,
                 "spans": spans,
                 **{f"sequence_{name}": table for name, table in sequence_tables.items()},
@@ -215,8 +216,19 @@ class TokenSpans:
 
     @property
     def attention_mask(self) -> Tensor:
-        """`[B, T]` bool: the token is valid."""
-        return self.word != NO_WORD
+        """`[B, T]` bool: the token is valid. A view, which costs a device nothing."""
+        B, T = self.shape
+        return self._view("attention_mask").view(torch.bool)[: B * T].view(B, T)
+
+    @property
+    def is_padded(self) -> bool:
+        """Some token is not valid; known on the host."""
+        B, T = self.shape
+        return self._num_valid < B * T
+
+    @property
+    def _num_valid(self) -> int:
+        return self._layout["batch_key_token"][1][1]
 
     def contrast_table(self, negatives: str) -> ContrastTable:
         """The anchors and keys of `negatives="sequence"` or `"batch"`."""
@@ -224,13 +236,12 @@ class TokenSpans:
             raise ValueError(f"negatives must be 'sequence' or 'batch', got {negatives!r}.")
         B, T = self.shape
         key_token = self._view(f"{negatives}_key_token")
-        num_valid = self._layout["batch_key_token"][1][1]
         return ContrastTable(
             key_token,
             self._view(f"{negatives}_key_word"),
             self._view(f"{negatives}_anchor_slot"),
             self._view(f"{negatives}_anchor_word"),
-            covers_batch=num_valid == B * T and key_token.numel() == B * T,
+            covers_batch=not self.is_padded and key_token.numel() == B * T,
             word=self.word if negatives == "batch" else self._view("sequence_word"),
             ranks=self._rank_table(negatives),
         )
@@ -271,7 +282,8 @@ class TokenSpans:
             num_layers: `L` for fresh draws in every layer, `negatives` `[L, P, K]`; `None` for one draw, `[P, K]`.
 
         Returns:
-            A `PairIndex` on the spans' device. A pair whose word covers its sequence gets -1 in every slot.
+            A `PairIndex` on the spans' device, with their attention mask if they are padded. A pair whose word covers
+            its sequence gets -1 in every slot.
         """
         for name, value in (("k", k), ("num_layers", 1 if num_layers is None else num_layers)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -304,7 +316,8 @@ class TokenSpans:
         rank = outside + torch.where(inside, length[:, None], 0) + valid_before_sequence[:, None]  # among all valid
         token = torch.searchsorted(seen, rank + 1)  # the first token that is the (rank + 1)-th valid one
         negatives = torch.where(num_negatives[:, None] > 0, token, NO_TOKEN)
-        return PairIndex(anchor.int(), positive.int(), negatives.int(), self.shape)
+        mask = self.attention_mask if self.is_padded else None
+        return PairIndex(anchor.int(), positive.int(), negatives.int(), self.shape, mask)
 
     def _pair_columns(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Anchor, positive, first token of the word (all flat) and length of the word, `[P]` each, on the host."""
@@ -338,6 +351,13 @@ class TokenSpans:
         """Shape, counts and device."""
         B, T = self.shape
         return f"TokenSpans(B={B}, T={T}, anchors={self.num_anchors}, pairs={self.num_pairs}, device={self.device})"
+
+
+def _as_numbers(flags: np.ndarray) -> np.ndarray:
+    """The bytes of booleans, four in an int32; the last one may hold fewer."""
+    numbers = np.zeros(-(-flags.size // 4), np.int32)
+    numbers.view(np.bool_)[: flags.size] = flags.reshape(-1)
+    return numbers
 
 
 def _concatenate(tables: dict[str, np.ndarray]) -> tuple[Tensor, _Layout]:

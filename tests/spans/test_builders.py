@@ -79,6 +79,7 @@ def test_without_a_mask_every_token_is_valid():
     for spans in (TokenSpans.from_lists([[(0, 2)], []], seq_len=3), TokenSpans.from_word_ids([[0, 0, 1], [None] * 3])):
         assert spans.attention_mask.all()
         assert spans.attention_mask.shape == (2, 3)
+        assert not spans.is_padded
 
 
 def test_equal_ids_that_do_not_touch_are_two_words():
@@ -112,6 +113,7 @@ def test_nothing_to_pair(shape):
         assert spans.shape == shape
         assert (spans.num_pairs, spans.num_anchors) == (0, 0)
         assert spans.word.shape == spans.attention_mask.shape == shape
+        assert not spans.is_padded
 
 
 def test_inputs_are_left_alone():
@@ -135,6 +137,7 @@ def test_any_batch(batch: Batch):
     assert spans.num_anchors == sum(n - 1 for n in lengths)
     assert spans.word.tolist() == batch.word_of_token()
     assert torch.equal(spans.attention_mask, batch.mask)
+    assert spans.is_padded == (not batch.mask.all())
 
 
 @settings(max_examples=60)

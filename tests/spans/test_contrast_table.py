@@ -137,5 +137,5 @@ def test_tables_begin_at_multiples_of_16_bytes(batch: Batch) -> None:
         table = batch.spans.contrast_table(negatives)
         assert table.word is not None
         assert table.ranks is not None
-        for tensor in (*table[:4], table.word, *table.ranks[:-1]):
+        for tensor in (*table[:4], table.word, *table.ranks[:-1], batch.spans.attention_mask):
             assert tensor.storage_offset() * tensor.element_size() % 16 == 0

@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 from torch.utils.data._utils.pin_memory import pin_memory as pin_as_a_data_loader_does
 
@@ -41,6 +42,9 @@ def assert_same_pairs(one: PairIndex, other: PairIndex) -> None:
     assert one.shape == other.shape
     for name in ("anchor", "positive", "negatives"):
         assert torch.equal(getattr(one, name), getattr(other, name))
+    assert (one.attention_mask is None) == (other.attention_mask is None)
+    if one.attention_mask is not None:
+        assert torch.equal(one.attention_mask, other.attention_mask)
 
 
 def test_spans_move_and_their_counts_stay_on_the_host(spans):
@@ -50,6 +54,7 @@ def test_spans_move_and_their_counts_stay_on_the_host(spans):
         META
     }
     assert (moved.shape, moved.num_pairs, moved.num_anchors) == (spans.shape, spans.num_pairs, spans.num_anchors)
+    assert moved.is_padded
     assert moved.to_lists() == EXAMPLE_WORDS  # nothing can be read from the device
     assert spans.device == torch.device("cpu")
 
@@ -59,8 +64,32 @@ def test_spans_move_in_one_copy(spans, monkeypatch):
     to = torch.Tensor.to
     monkeypatch.setattr(torch.Tensor, "to", lambda self, *args, **kwargs: copies.append(1) or to(self, *args, **kwargs))
     moved = spans.to("meta")
-    moved.contrast_table("sequence"), moved.contrast_table("batch"), moved.word
+    moved.contrast_table("sequence"), moved.contrast_table("batch"), moved.word, moved.attention_mask
     assert len(copies) == 1
+
+
+class Operations(TorchDispatchMode):
+    """By name, those that torch runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_mask_lies_in_the_packed_tensor(spans):
+    """So that a device has nothing to compute for it."""
+    moved = spans.to("meta")
+    with Operations() as seen:
+        mask = moved.attention_mask
+        assert moved.is_padded
+    assert (mask.shape, mask.dtype, mask.device) == (spans.shape, torch.bool, META)
+    assert set(seen.names) <= {"view", "slice", "detach"}
+    here = spans.attention_mask.untyped_storage(), spans.word.untyped_storage()
+    assert here[0].data_ptr() == here[1].data_ptr()
 
 
 def test_moving_to_where_they_are_is_free(spans):
@@ -70,7 +99,9 @@ def test_moving_to_where_they_are_is_free(spans):
 
 def test_pairs_move(pairs):
     moved = pairs.to("meta", non_blocking=True)
-    assert {moved.device, moved.anchor.device, moved.positive.device, moved.negatives.device} == {META}
+    assert moved.attention_mask is not None
+    tensors = (moved, moved.anchor, moved.positive, moved.negatives, moved.attention_mask)
+    assert {one.device for one in tensors} == {META}
     assert moved.shape == pairs.shape
     assert moved.negatives.shape == pairs.negatives.shape
     assert moved.num_pairs == pairs.num_pairs
@@ -98,7 +129,7 @@ def test_a_data_loader_pins_them(what, spans, pairs, monkeypatch):
     else:
         assert_same_pairs(result, batch)
         assert [t.data_ptr() for t in pinned] == [
-            t.data_ptr() for t in (result.anchor, result.positive, result.negatives)
+            t.data_ptr() for t in (result.anchor, result.positive, result.negatives, result.attention_mask)
         ]
 
 
@@ -146,7 +177,7 @@ def test_spans_cannot_be_changed(spans, name):
     assert_same_spans(spans, EXAMPLE.spans)
 
 
-@pytest.mark.parametrize("name", ["anchor", "positive", "negatives", "shape", "num_pairs"])
+@pytest.mark.parametrize("name", ["anchor", "positive", "negatives", "shape", "num_pairs", "attention_mask"])
 def test_pairs_cannot_be_changed(pairs, name):
     with pytest.raises((dataclasses.FrozenInstanceError, AttributeError)):
         setattr(pairs, name, None)

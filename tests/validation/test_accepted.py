@@ -152,6 +152,15 @@ def test_lists_of_pairs(function: str, shape):
     assert torch.equal(getattr(result, "loss", result), getattr(expected, "loss", expected))
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64])
+def test_mask_of_pairs(dtype: torch.dtype):
+    mask = torch.arange(B * T).view(B, T) % 3
+    pairs = PairIndex(PAIRS.anchor, PAIRS.positive, PAIRS.negatives, (B, T), mask.to(dtype))
+    assert pairs.attention_mask is not None
+    assert pairs.attention_mask.dtype == torch.bool
+    assert torch.equal(pairs.attention_mask, mask != 0)
+
+
 @pytest.mark.parametrize("function", WITH_PAIRS)
 def test_borders_of_pairs(function: str):
     last = B * T - 1
