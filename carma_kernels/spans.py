@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,9 +17,10 @@ from torch import Tensor
 
 from carma_kernels._encodings import FastEncoding, words_of
 from carma_kernels._ranks import RankTable, anchor_numbers, rank_tables
+from carma_kernels._span_inputs import NO_WORD as NO_WORD
+from carma_kernels._span_inputs import check_size, mask_array, span_arrays, word_id_array
 from carma_kernels.pairs import NO_TOKEN, PairIndex
 
-NO_WORD = -1
 _PAD_ANCHOR = -2  # differs from every word and from NO_WORD, so a padding slot has neither positive nor negative
 
 _NUMBERS_IN_16_BYTES = 4  # int32
@@ -105,8 +105,8 @@ class TokenSpans:
             TypeError: not integers.
             ValueError: not rectangular, on a device, or a word on padding.
         """
-        ids = _word_id_array(word_ids)  # [B, T] int64
-        valid = _mask_array(attention_mask, ids.shape)  # [B, T] bool
+        ids = word_id_array(word_ids)  # [B, T] int64
+        valid = mask_array(attention_mask, ids.shape)  # [B, T] bool
         return cls._pack(ids, valid)
 
     @classmethod
@@ -131,10 +131,10 @@ class TokenSpans:
             raise TypeError(
                 f"spans must be a list with one list of (start, end) for each sequence, got {type(spans).__name__}."
             )
-        _check_size(len(spans), seq_len)
+        check_size(len(spans), seq_len)
         ids = np.full((len(spans), seq_len), NO_WORD, dtype=np.int64)
-        valid = _mask_array(attention_mask, ids.shape)
-        sequence, start, end = _span_arrays(spans, seq_len)
+        valid = mask_array(attention_mask, ids.shape)
+        sequence, start, end = span_arrays(spans, seq_len)
         length = end - start
         word = np.repeat(np.arange(len(start)), length)
         within = np.arange(len(word)) - np.repeat(np.cumsum(length) - length, length)
@@ -404,104 +404,3 @@ def _left_aligned(values: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, n
     table = np.repeat(first[:, None], filled.shape[1], axis=1)
     table[filled] = values[chosen]
     return table, filled
-
-
-def _host_array(value: Any, name: str) -> np.ndarray:
-    if isinstance(value, Tensor):
-        if value.device.type != "cpu":
-            raise ValueError(
-                f"{name} is on {value.device}; spans are built on the host, in the collator, so that training never "
-                f"waits for the device. Pass {name}.cpu(), or build the spans before moving the batch."
-            )
-        return (value != 0 if value.is_floating_point() else value).numpy()
-    return np.asarray(value)
-
-
-def _check_size(B: int, T: int) -> None:
-    if B * T >= 2**31:
-        raise ValueError(f"a batch of {B} x {T} tokens is beyond the 2^31 - 1 that a token index can hold; split it.")
-
-
-def _word_id_array(word_ids: Any) -> np.ndarray:
-    if isinstance(word_ids, Tensor | np.ndarray):
-        dtype = word_ids.dtype
-        ids = _host_array(word_ids, "word_ids")
-        if ids.ndim != 2:
-            raise ValueError(f"word_ids must be [B, T], got shape {list(ids.shape)}. One row a sequence.")
-        if not np.issubdtype(ids.dtype, np.integer):
-            raise TypeError(
-                f"word_ids must be integers (negative: no word), got {dtype}. Convert them to torch.int64 or np.int64."
-            )
-        _check_size(*ids.shape)
-        return ids.astype(np.int64)
-    if not isinstance(word_ids, Sequence) or not all(isinstance(row, Sequence | np.ndarray) for row in word_ids):
-        raise TypeError(
-            "word_ids must be one list of word ids for each sequence, or an integer tensor [B, T], got "
-            f"{type(word_ids).__name__}. For one sequence pass [word_ids]."
-        )
-    lengths = {len(row) for row in word_ids}
-    if len(lengths) > 1:
-        raise ValueError(
-            f"word_ids has rows of {min(lengths)} to {max(lengths)} tokens; all must have the length of the model's "
-            "input. Pad the rows with None where the input is padded, and pass attention_mask."
-        )
-    flat = [NO_WORD if word is None else word for word in chain.from_iterable(word_ids)]
-    ids = np.array(flat) if flat else np.zeros(0, np.int64)
-    if not np.issubdtype(ids.dtype, np.integer):
-        names = ", ".join(sorted({type(word).__name__ for word in flat if not isinstance(word, int | np.integer)}))
-        raise TypeError(f"word_ids must hold ints, or None for a token in no word, got {names or ids.dtype}.")
-    return ids.astype(np.int64, copy=False).reshape(len(word_ids), max(lengths, default=0))
-
-
-def _mask_array(attention_mask: Any, shape: tuple[int, ...]) -> np.ndarray:
-    if attention_mask is None:
-        return np.ones(shape, dtype=bool)
-    try:
-        mask = _host_array(attention_mask, "attention_mask")
-    except ValueError as error:
-        if isinstance(attention_mask, Tensor):
-            raise
-        raise ValueError(
-            "attention_mask must be [B, T] with 0 for padding, got rows of different lengths. Pad them like the words."
-        ) from error
-    if not mask.size and 0 in shape:  # no sequences: a list has no second dimension then
-        return np.ones(shape, dtype=bool)
-    if mask.shape != shape:
-        raise ValueError(
-            f"attention_mask has shape {list(mask.shape)}, the words {list(shape)}; both must be [B, T] of the same "
-            "padded batch."
-        )
-    if mask.dtype == object:
-        raise TypeError("attention_mask must hold numbers or booleans, 0 for padding, got objects.")
-    return np.asarray(mask != 0)
-
-
-def _span_arrays(spans: Sequence[Sequence[tuple[int, int]]], seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Sequence, start and end of every span, `[W]` each, checked."""
-    for b, row in enumerate(spans):
-        if not _is_list(row):
-            raise TypeError(f"spans[{b}] must be the list of one sequence's (start, end) words, got {row!r}.")
-        for span in row:
-            if not _is_list(span) or len(span) != 2 or not all(map(_is_index, span)):
-                raise TypeError(
-                    f"spans[{b}] must hold (start, end) pairs of ints, got {span!r}. spans is a list with one list of "
-                    "words for each sequence; for a single sequence pass [words]."
-                )
-    sequence = np.repeat(np.arange(len(spans)), [len(row) for row in spans]).astype(np.int64)
-    bounds = np.array(list(chain.from_iterable(spans)), dtype=np.int64).reshape(-1, 2)
-    start, end = bounds[:, 0], bounds[:, 1]
-    if (wrong := (start < 0) | (end > seq_len) | (start >= end)).any():
-        at = int(wrong.argmax())
-        raise ValueError(
-            f"spans[{sequence[at]}] holds ({start[at]}, {end[at]}); a word is a half-open token range with "
-            f"0 <= start < end <= seq_len = {seq_len}. Drop empty words and cut words where the text was truncated."
-        )
-    return sequence, start, end
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, Sequence | np.ndarray) and not isinstance(value, str)
-
-
-def _is_index(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)

@@ -23,8 +23,9 @@ ROOMS = {
     # what a batch's words and pairs are
     "_encodings": Room(set(), set()),
     "_ranks": Room(set(), {"numpy", "torch"}),
+    "_span_inputs": Room(set(), {"numpy", "torch"}),
     "pairs": Room(set(), {"torch"}),
-    "spans": Room({"_encodings", "_ranks", "pairs"}, {"numpy", "torch"}),
+    "spans": Room({"_encodings", "_ranks", "_span_inputs", "pairs"}, {"numpy", "torch"}),
     # what the ranks of a process group have together
     "distributed": Room({"pairs", "spans"}, {"numpy", "torch"}),
     # the backends

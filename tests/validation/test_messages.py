@@ -18,7 +18,16 @@ pytestmark = pytest.mark.usefixtures("no_interpreter")
 
 BAD = [*HIDDEN_STATES, *OPTIONS, *BACKENDS, *CONFIGS, *TOTALS, *SPANS_AND_PAIRS]
 PACKAGE = Path(carma_kernels.__file__).parent
-CHECKING = ("_backend.py", "_validate.py", "config.py", "functional.py", "modules.py", "pairs.py", "spans.py")
+CHECKING = (
+    "_backend.py",
+    "_span_inputs.py",
+    "_validate.py",
+    "config.py",
+    "functional.py",
+    "modules.py",
+    "pairs.py",
+    "spans.py",
+)
 
 
 @pytest.fixture(autouse=True)
