@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any
@@ -103,6 +104,32 @@ def span_arrays(spans: Sequence[Sequence[tuple[int, int]]], seq_len: int) -> tup
             f"0 <= start < end <= seq_len = {seq_len}. Drop empty words and cut words where the text was truncated."
         )
     return sequence, start, end
+
+
+def sequence_numbers(index: Any, B: int) -> np.ndarray:
+    """The sequences of a batch of B that an index names, in its order: `[rows]`."""
+    chosen = index
+    if isinstance(index, Tensor):
+        if index.device.type != "cpu":
+            raise TypeError(
+                f"index is on {index.device}; spans are cut on the host, which must not wait for a device. Pass "
+                "index.cpu()."
+            )
+        chosen = index.numpy()
+    if not isinstance(chosen, slice):
+        chosen = np.asarray(chosen)
+        chosen = chosen if chosen.size else chosen.astype(np.int64)  # a list without numbers is one of floats to numpy
+        if chosen.ndim > 1 or chosen.dtype.kind not in "iub" or (chosen.dtype.kind == "b" and chosen.ndim == 0):
+            raise TypeError(
+                f"index must be an int, a slice, or a list, array or 1-d tensor of ints, got {reprlib.repr(index)}; "
+                "it chooses sequences; of their tokens none can be cut: build the spans of a shorter input anew."
+            )
+    try:
+        return np.atleast_1d(np.arange(B)[chosen])
+    except IndexError as error:
+        raise IndexError(
+            f"index must name sequences of a batch of {B}, from -{B} to {B - 1}, got {reprlib.repr(index)}."
+        ) from error
 
 
 def _is_list(value: Any) -> bool:

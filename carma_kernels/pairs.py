@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,6 +119,10 @@ class PairIndex:
         """The same pairs in page-locked host memory."""
         return self._map(Tensor.pin_memory)
 
+    def __reduce__(self) -> tuple[type[PairIndex], tuple[Any, ...]]:
+        """Checked again where it is loaded."""
+        return PairIndex, (self.anchor, self.positive, self.negatives, self.shape, self.attention_mask)
+
     def _map(self, move: Callable[[Tensor], Tensor]) -> PairIndex:
         mask = self.attention_mask
         return PairIndex(
@@ -127,3 +132,6 @@ class PairIndex:
             self.shape,
             None if mask is None else move(mask),
         )
+
+
+torch.serialization.add_safe_globals([PairIndex])

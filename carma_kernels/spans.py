@@ -7,8 +7,9 @@ A *word* is a half-open token range `[start, end)` of one sequence. Words of two
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,13 +19,9 @@ from torch import Tensor
 from carma_kernels._encodings import FastEncoding, words_of
 from carma_kernels._ranks import RankTable, anchor_numbers, rank_tables
 from carma_kernels._span_inputs import NO_WORD as NO_WORD
-from carma_kernels._span_inputs import check_size, mask_array, span_arrays, word_id_array
+from carma_kernels._span_inputs import check_size, mask_array, sequence_numbers, span_arrays, word_id_array
+from carma_kernels._tables import Layout, as_numbers, concatenate, contrast_tables
 from carma_kernels.pairs import NO_TOKEN, PairIndex
-
-_PAD_ANCHOR = -2  # differs from every word and from NO_WORD, so a padding slot has neither positive nor negative
-
-_NUMBERS_IN_16_BYTES = 4  # int32
-_Layout = dict[str, tuple[int, tuple[int, ...]]]  # where in the packed tensor each table lies, and its shape
 
 
 class ContrastTable(NamedTuple):
@@ -48,9 +45,13 @@ class ContrastTable(NamedTuple):
 class TokenSpans:
     """The words of a batch of `B` sequences of `T` tokens, and everything the losses need to know about them.
 
-    Build it in the collator with `from_encoding`, `from_word_ids` or `from_lists`, then `.to(device)`. It is immutable,
-    picklable, and holds one int32 tensor: moving it is one copy. The host keeps its own copy, so that counts and
+    Build it in the collator with `from_encoding`, `from_word_ids` or `from_lists`, then `.to(device)`. It is immutable
+    and holds one int32 tensor: moving it is one copy. The host keeps its own copy, so that counts, comparisons, and
     `to_lists()` never wait for the device.
+
+    To its sequences it is as a tuple: `len(spans)`, `spans[2]`, `spans[4:]`, `spans[order]`, `for one in spans`, each
+    giving `TokenSpans` on the same device, which `TokenSpans.cat` joins. Two are equal that have the same shape, words
+    and valid tokens, wherever they lie. `torch.load(file, weights_only=True)` loads what `torch.save` has saved.
     """
 
     shape: tuple[int, int]
@@ -59,7 +60,7 @@ class TokenSpans:
     """`P`: pairs `(i, j)` of tokens of one word, `i` before `j`"""
     _host: Tensor
     _packed: Tensor
-    _layout: _Layout
+    _layout: Layout
 
     @classmethod
     def from_encoding(cls, batch: Any) -> TokenSpans:
@@ -135,10 +136,7 @@ class TokenSpans:
         ids = np.full((len(spans), seq_len), NO_WORD, dtype=np.int64)
         valid = mask_array(attention_mask, ids.shape)
         sequence, start, end = span_arrays(spans, seq_len)
-        length = end - start
-        word = np.repeat(np.arange(len(start)), length)
-        within = np.arange(len(word)) - np.repeat(np.cumsum(length) - length, length)
-        flat = np.repeat(sequence * seq_len + start, length) + within
+        word, flat = _tokens(sequence * seq_len + start, end - start)
         if (taken := np.bincount(flat, minlength=ids.size) > 1).any():
             b, t = divmod(int(taken.argmax()), seq_len)
             raise ValueError(
@@ -146,6 +144,40 @@ class TokenSpans:
             )
         ids.reshape(-1)[flat] = word
         return cls._pack(ids, valid)
+
+    @classmethod
+    def cat(cls, spans: Iterable[TokenSpans]) -> TokenSpans:
+        """The sequences of several batches as one batch, in order, on the device of the batches.
+
+        Args:
+            spans: at least one, all of the same number of tokens `T` and on one device.
+
+        Raises:
+            TypeError: not a list of `TokenSpans`.
+            ValueError: none, or of several lengths or devices.
+        """
+        parts = list(spans) if isinstance(spans, Iterable) else [spans]
+        if foreign := [type(part).__name__ for part in parts if not isinstance(part, TokenSpans)]:
+            raise TypeError(f"spans must be a list of TokenSpans, got {foreign[0]}. Pass [chosen, rejected], say.")
+        if not parts:
+            raise ValueError("spans must hold one TokenSpans at least, which says how long sequences are, got none.")
+        lengths = sorted({one.shape[1] for one in parts})
+        if len(lengths) > 1:
+            raise ValueError(
+                f"spans have sequences of {' and '.join(map(str, lengths))} tokens; all must have the length of the "
+                f"joined input. Pad the batches to one length, tokenizer(texts, padding='max_length', "
+                f"max_length={lengths[-1]}) for instance, and build their spans from that."
+            )
+        devices = {one.device for one in parts}
+        if len(devices) > 1:
+            raise ValueError(
+                f"spans are on {' and '.join(sorted(map(str, devices)))}; they must be on one device. Join them first, "
+                "then move them: TokenSpans.cat(spans).to(device)."
+            )
+        check_size(sum(map(len, parts)), lengths[0])
+        ids = np.concatenate([one._word_ids() for one in parts])
+        valid = np.concatenate([one._host_mask() for one in parts])
+        return cls._pack(ids, valid).to(devices.pop())
 
     @classmethod
     def _pack(cls, ids: np.ndarray, valid: np.ndarray) -> TokenSpans:
@@ -175,16 +207,14 @@ class TokenSpans:
         active = np.flatnonzero(has_anchor).astype(np.int32)  # [S] sequences that have an anchor
         of_active = slice(None) if len(active) == B else active
         compared = np.where(has_anchor[:, None], word, np.int32(NO_WORD))  # [B, T] with the anchors of a sequence
-        sequence_tables = _contrast_tables(
-            word[of_active], valid[of_active], continues[of_active], active * np.int32(T)
-        )
+        sequence_tables = contrast_tables(word[of_active], valid[of_active], continues[of_active], active * np.int32(T))
         in_one_row = (word.reshape(1, B * T), valid.reshape(1, B * T), continues.reshape(1, B * T))
-        batch_tables = _contrast_tables(*in_one_row, np.zeros(1, np.int32))
+        batch_tables = contrast_tables(*in_one_row, np.zeros(1, np.int32))
         anchors = anchor_numbers(length[length > 1])
-        host, layout = _concatenate(
+        host, layout = concatenate(
             {
                 "word": word,
-                "attention_mask": _as_numbers(valid),
+                "attention_mask": as_numbers(valid),
                 "sequence_word": compared,
                 "spans": spans,
                 **{f"sequence_{name}": table for name, table in sequence_tables.items()},
@@ -229,6 +259,54 @@ class TokenSpans:
     @property
     def _num_valid(self) -> int:
         return self._layout["batch_key_token"][1][1]
+
+    def __len__(self) -> int:
+        """`B`."""
+        return self.shape[0]
+
+    def __getitem__(self, index: int | slice | Sequence[int] | np.ndarray | Tensor) -> TokenSpans:
+        """The sequences at `index`, in its order, as `TokenSpans` on the same device; for an int, one sequence.
+
+        Args:
+            index: an int, a slice, or a list, array or CPU tensor of ints (or of B booleans), as numpy takes them.
+
+        Raises:
+            IndexError: outside the batch.
+            TypeError: none of these.
+        """
+        rows = sequence_numbers(index, len(self))
+        return self._pack(self._word_ids()[rows], self._host_mask()[rows]).to(self.device)
+
+    def __iter__(self) -> Iterator[TokenSpans]:
+        """One sequence after the other."""
+        return (self[b] for b in range(len(self)))
+
+    def __eq__(self, other: object) -> bool:
+        """Whether shape, words and valid tokens are the same; read on the host."""
+        if not isinstance(other, TokenSpans):
+            return NotImplemented
+        return self._content() == other._content()
+
+    def __hash__(self) -> int:
+        """Of what `==` compares."""
+        return hash(self._content())
+
+    def _content(self) -> tuple[tuple[int, int], bytes, bytes]:
+        return self.shape, self._host_view("spans").numpy().tobytes(), self._host_mask().tobytes()
+
+    def __getstate__(self) -> dict[str, Tensor]:
+        """The words, of which any version can make its tables; an empty tensor tells `map_location` where they lay."""
+        return {
+            "word_ids": torch.from_numpy(self._word_ids()),
+            "attention_mask": torch.from_numpy(self._host_mask().copy()),
+            "device": torch.empty(0, device=self.device),
+        }
+
+    def __setstate__(self, state: dict[str, Tensor]) -> None:
+        """Build them anew."""
+        built = self.from_word_ids(state["word_ids"].cpu(), state["attention_mask"].cpu()).to(state["device"].device)
+        for field in fields(self):
+            object.__setattr__(self, field.name, getattr(built, field.name))
 
     def contrast_table(self, negatives: str) -> ContrastTable:
         """The anchors and keys of `negatives="sequence"` or `"batch"`."""
@@ -316,7 +394,7 @@ class TokenSpans:
         rank = outside + torch.where(inside, length[:, None], 0) + valid_before_sequence[:, None]  # among all valid
         token = torch.searchsorted(seen, rank + 1)  # the first token that is the (rank + 1)-th valid one
         negatives = torch.where(num_negatives[:, None] > 0, token, NO_TOKEN)
-        mask = self.attention_mask if self.is_padded else None
+        mask = self.attention_mask.clone() if self.is_padded else None  # a view would take all tables into a file
         return PairIndex(anchor.int(), positive.int(), negatives.int(), self.shape, mask)
 
     def _pair_columns(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -339,6 +417,19 @@ class TokenSpans:
             torch.from_numpy(length[word]),
         )
 
+    def _word_ids(self) -> np.ndarray:
+        """`[B, T]` int32, as `from_word_ids` takes them: a number for each word, -1 for a token in none."""
+        ids = np.full(self.shape, NO_WORD, np.int32)
+        sequence, start, end = self._host_view("spans").numpy().astype(np.int64).T  # [W] each
+        word, flat = _tokens(sequence * self.shape[1] + start, end - start)
+        ids.reshape(-1)[flat] = word
+        return ids
+
+    def _host_mask(self) -> np.ndarray:
+        """`[B, T]` bool."""
+        B, T = self.shape
+        return self._host_view("attention_mask").numpy().view(np.bool_)[: B * T].reshape(B, T)
+
     def _view(self, name: str) -> Tensor:
         offset, shape = self._layout[name]
         return self._packed[offset : offset + math.prod(shape)].view(shape)
@@ -353,54 +444,19 @@ class TokenSpans:
         return f"TokenSpans(B={B}, T={T}, anchors={self.num_anchors}, pairs={self.num_pairs}, device={self.device})"
 
 
-def _as_numbers(flags: np.ndarray) -> np.ndarray:
-    """The bytes of booleans, four in an int32; the last one may hold fewer."""
-    numbers = np.zeros(-(-flags.size // 4), np.int32)
-    numbers.view(np.bool_)[: flags.size] = flags.reshape(-1)
-    return numbers
+torch.serialization.add_safe_globals([TokenSpans])
 
 
-def _concatenate(tables: dict[str, np.ndarray]) -> tuple[Tensor, _Layout]:
-    """One int32 tensor of all tables, each at a multiple of 16 bytes, which Triton compiles other versions without."""
-    layout: _Layout = {}
-    offset = 0
-    for name, table in tables.items():
-        layout[name] = (offset, table.shape)
-        offset += -(-table.size // _NUMBERS_IN_16_BYTES) * _NUMBERS_IN_16_BYTES
-    packed = np.zeros(offset, np.int32)
-    for (start, _), table in zip(layout.values(), tables.values(), strict=True):
-        packed[start : start + table.size] = table.reshape(-1)
-    return torch.from_numpy(packed), layout
+def _as_they_lie(spans: TokenSpans) -> tuple[type[TokenSpans], tuple[Any, ...]]:
+    return TokenSpans, tuple(getattr(spans, field.name) for field in fields(spans))
 
 
-def _contrast_tables(
-    word: np.ndarray, valid: np.ndarray, is_anchor: np.ndarray, first_token: np.ndarray
-) -> dict[str, np.ndarray]:
-    """The rectangular tables of `ContrastTable` for groups given as rows of tokens.
-
-    Args:
-        word, valid, is_anchor: `[S, N]`: of each token its word, and whether it is valid and an anchor.
-        first_token: `[S]` flat index of each row's first token.
-    """
-    token = first_token[:, None] + np.arange(word.shape[1], dtype=np.int32)  # [S, N]
-    slot = np.cumsum(valid, axis=1, dtype=np.int32) - 1  # [S, N] place among the row's valid tokens
-    key_token, is_key = _left_aligned(token, valid)
-    anchor_slot, is_anchor_slot = _left_aligned(slot, is_anchor)
-    return {
-        "key_token": key_token,
-        "key_word": np.where(is_key, _left_aligned(word, valid)[0], NO_WORD),
-        "anchor_slot": anchor_slot,
-        "anchor_word": np.where(is_anchor_slot, _left_aligned(word, is_anchor)[0], _PAD_ANCHOR),
-    }
+# Between processes, in shared memory: the one that trains has nothing to build.
+ForkingPickler.register(TokenSpans, _as_they_lie)
 
 
-def _left_aligned(values: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The chosen values of each row `[S, N]`, from the left, then copies of the first; and which are which."""
-    if chosen.all():
-        return values, chosen
-    count = chosen.sum(axis=1)
-    filled = np.arange(count.max(initial=0)) < count[:, None]  # [S, max count]
-    first = values[np.arange(len(values)), chosen.argmax(axis=1)]
-    table = np.repeat(first[:, None], filled.shape[1], axis=1)
-    table[filled] = values[chosen]
-    return table, filled
+def _tokens(first: np.ndarray, length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of W words, given the flat index of the first token and the length of each: all tokens' word and flat index."""
+    word = np.repeat(np.arange(len(first)), length)
+    within = np.arange(len(word)) - np.repeat(np.cumsum(length) - length, length)
+    return word, first[word] + within

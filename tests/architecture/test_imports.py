@@ -24,8 +24,9 @@ ROOMS = {
     "_encodings": Room(set(), set()),
     "_ranks": Room(set(), {"numpy", "torch"}),
     "_span_inputs": Room(set(), {"numpy", "torch"}),
+    "_tables": Room({"_span_inputs"}, {"numpy", "torch"}),
     "pairs": Room(set(), {"torch"}),
-    "spans": Room({"_encodings", "_ranks", "_span_inputs", "pairs"}, {"numpy", "torch"}),
+    "spans": Room({"_encodings", "_ranks", "_span_inputs", "_tables", "pairs"}, {"numpy", "torch"}),
     # what the ranks of a process group have together
     "distributed": Room({"pairs", "spans"}, {"numpy", "torch"}),
     # the backends

@@ -181,9 +181,3 @@ def test_spans_cannot_be_changed(spans, name):
 def test_pairs_cannot_be_changed(pairs, name):
     with pytest.raises((dataclasses.FrozenInstanceError, AttributeError)):
         setattr(pairs, name, None)
-
-
-def test_they_can_be_keys_and_are_equal_to_themselves_only(spans, pairs):
-    assert spans == spans
-    assert spans != EXAMPLE.spans
-    assert len({spans, EXAMPLE.spans, pairs}) == 3

@@ -131,6 +131,36 @@ SAMPLING: list[Row] = [
 ]
 
 
+def cat(*spans: Any) -> TokenSpans:
+    return TokenSpans.cat(list(spans))
+
+
+AS_A_SEQUENCE: list[Row] = [
+    ("beyond", lambda: SPANS[2], IndexError, "index", "2", "from -2 to 1"),
+    ("a list beyond", lambda: SPANS[[0, -3]], IndexError, "index", "[0, -3]", "must name sequences of a batch of 2"),
+    ("booleans of others", lambda: SPANS[[True] * 3], IndexError, "index", "[True, True, True]", "a batch of 2"),
+    ("tokens", lambda: SPANS[0, 1:3], TypeError, "index", "(0, slice(1, 3", "build the spans of a shorter input"),
+    ("a matrix", lambda: SPANS[zeros(1, 1)], TypeError, "index", "tensor([[0]])", "must be an int, a slice"),
+    ("a float", lambda: SPANS[0.5], TypeError, "index", "0.5", "must be an int, a slice"),  # type: ignore[index]
+    ("a boolean", lambda: SPANS[True], TypeError, "index", "True", "must be an int, a slice"),
+    ("None", lambda: SPANS[None], TypeError, "index", "None", "must be an int, a slice"),  # type: ignore[index]
+    ("an index elsewhere", lambda: SPANS[zeros(1).to("meta")], TypeError, "index", "on meta", "Pass index.cpu()"),
+    ("nothing to join", cat, ValueError, "spans", "none", "must hold one TokenSpans"),
+    ("lists to join", lambda: cat(SPANS, SPANS.to_lists()), TypeError, "spans", "list", "Pass [chosen, rejected]"),
+    ("one number", lambda: TokenSpans.cat(3), TypeError, "spans", "int", "must be a list of"),  # type: ignore[arg-type]
+    ("two lengths", lambda: cat(SPANS, ids([[0]])), ValueError, "spans", "1 and 6 tokens", "Pad the batches to one"),
+    ("two devices", lambda: cat(SPANS, SPANS.to("meta")), ValueError, "spans", "cpu and meta", "TokenSpans.cat(spans)"),
+    (
+        "2^31 tokens joined",
+        lambda: cat(*[ids(np.full((1, 2**20), -1))] * 2**11),
+        ValueError,
+        "a batch",
+        "2048 x 1048576",
+        "split it",
+    ),
+]
+
+
 def pairs(**others: Any) -> PairIndex:
     good = {"anchor": [0, 1], "positive": [1, 2], "negatives": [[3, 4], [5, -1]]}
     tensors = {name: torch.tensor(value) for name, value in good.items()}
@@ -217,6 +247,7 @@ SPANS_AND_PAIRS = [
         ("from_encoding", FROM_ENCODING),
         ("attention_mask", MASKS),
         ("sample_pairs", SAMPLING),
+        ("as a sequence", AS_A_SEQUENCE),
         ("PairIndex", LISTED),
         *((function, for_losses(function)) for function in WITH_PAIRS),
     )
