@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ class LossByLayer:
         spans_or_pairs: TokenSpans | PairIndex,
         config: CarmaConfig,
         *,
-        mask: Tensor | None = None,
+        mask: Tensor | Literal["all"] | None = None,
         num_pairs: float | Tensor | None = None,
         group: ProcessGroup | None = None,
         backend: str | None = None,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from carma_kernels.pairs import PairIndex
 from carma_kernels.spans import TokenSpans
@@ -92,9 +93,20 @@ def _plain_tensor(tensor: Tensor, name: str) -> None:
             f"{name} is a DTensor, which the losses do not shard. Pass the local part with .to_local(), if it holds "
             "whole tokens, or the whole tensor with .full_tensor()."
         )
+    _no_tangent(tensor, name)
     if tensor.layout != torch.strided or tensor.is_nested:
         kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
         raise TypeError(f"{name} must be a dense tensor, got a {kind} one. Convert it, with .to_dense() or by padding.")
+
+
+def _no_tangent(tensor: Tensor, name: str) -> None:
+    """Operators without a rule for them would drop a tangent, and its derivative would be 0."""
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
+        raise NotImplementedError(
+            f"{name} carries a tangent, and forward-mode differentiation (torch.func.jvp, jacfwd, "
+            "torch.autograd.forward_ad) has no way through: the derivative is written by hand, for the backward alone. "
+            "Use that, or compute the CARMA terms with csrc_ref, which autograd differentiates in both modes."
+        )
 
 
 def layer_range(layers: Any, num_layers: int, name: str = "layers") -> range:
@@ -124,18 +136,19 @@ def option(value: Any, allowed: tuple[str, ...], name: str) -> str:
 
 
 def temperature(value: Any, device: torch.device) -> float | Tensor:
-    """A number > 0, or a 0-d floating tensor beside the hidden states."""
+    """A number > 0, or a 0-d floating tensor beside the hidden states, NaN where that is not > 0."""
     if isinstance(value, Tensor):
         if value.dim() != 0 or value.dtype not in FLOAT_DTYPES:
             raise TypeError(
                 f"temperature must be a number > 0 or a 0-d floating tensor, got {value.dtype} {_shape(value)}. "
                 "Make a learnable one with torch.nn.Parameter(torch.tensor(0.1))."
             )
+        _no_tangent(value, "temperature")
         if value.device != device:
             raise ValueError(
                 f"temperature is on {value.device}, hidden_states on {device}. Move it with .to({str(device)!r})."
             )
-        return value
+        return torch.where(value > 0, value, math.nan)
     return positive_number(value, "temperature")
 
 
@@ -216,7 +229,24 @@ def mask(value: Any, first: Tensor) -> Tensor | None:
         raise ValueError(
             f"mask is on {value.device}, hidden_states on {first.device}. Move it with .to({str(first.device)!r})."
         )
+    if value.is_floating_point() or value.is_complex():
+        raise TypeError(
+            f"mask must be boolean, or integers that are non-zero for valid tokens, got {value.dtype}, which may be an "
+            "additive mask (0 for valid tokens, -inf for the others). Pass mask == 0 for that, or mask.bool()."
+        )
     return value if value.dtype == torch.bool else value != 0
+
+
+def stability_mask(value: Any, spans_or_pairs: TokenSpans | PairIndex, first: Tensor) -> Tensor | None:
+    """The tokens that the stability term of `carma_loss` is over, `[B, T]` bool; None for all."""
+    if isinstance(value, str):
+        option(value, ("all",), "mask")
+        return None
+    if value is not None:
+        return mask(value, first)
+    if isinstance(spans_or_pairs, TokenSpans) and not spans_or_pairs.is_padded:
+        return None
+    return spans_or_pairs.attention_mask
 
 
 def pairs(value: Any, first: Tensor, num_layers: int) -> TokenSpans | PairIndex:
@@ -250,7 +280,7 @@ def num_pairs(value: Any, local: int, reduction: str, device: torch.device) -> f
     """The divisor of the mean over pairs: the given one, else the local count; never 0.
 
     Args:
-        value: None, a number >= 0, or a 0-d tensor.
+        value: None, a number >= 0, or a 0-d tensor, NaN where that is negative.
         local: the pairs of this batch.
         reduction: that of the call.
         device: of the hidden states.
@@ -266,7 +296,8 @@ def num_pairs(value: Any, local: int, reduction: str, device: torch.device) -> f
             raise ValueError(
                 f"num_pairs is on {value.device}, hidden_states on {device}. Move it with .to({str(device)!r})."
             )
-        return torch.where(value > 0, value, 1)
+        count = torch.where(value == 0, 1, value)
+        return torch.where(count > 0, count, math.nan)
     number = _number(value, "num_pairs", "a number or a 0-d tensor")
     if not 0 <= number < math.inf or (number == 0 and local):
         raise ValueError(
@@ -298,12 +329,14 @@ def group(value: Any) -> None:
         )
 
 
-def out_dtype(value: Any) -> torch.dtype:
-    """A floating dtype; fp32 if None."""
+def out_dtype(value: Any, hidden: torch.dtype) -> torch.dtype:
+    """A floating dtype; if None fp32, or fp64 for hidden states in fp64."""
     if value is None:
-        return torch.float32
+        return torch.promote_types(hidden, torch.float32)
     if not isinstance(value, torch.dtype) or value not in FLOAT_DTYPES:
-        raise TypeError(f"out_dtype must be None (fp32) or a floating dtype, got {value!r}.")
+        raise TypeError(
+            f"out_dtype must be None (fp32, or fp64 for fp64 hidden states) or a floating dtype, got {value!r}."
+        )
     return value
 
 

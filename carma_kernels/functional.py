@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,10 +57,10 @@ def pairwise_similarity(
     Args:
         hidden_states: `[L, B, T, D]` or L times `[B, T, D]`; fp16, bf16, fp32 or fp64; not stacked, not written to.
         metric: "cosine" or "dot".
-        temperature: tau, a number > 0, or a 0-d tensor, which gets its gradient and whose value is not looked at.
+        temperature: tau, a number > 0, or a 0-d tensor, which gets its gradient; NaN comes of one that is not > 0.
         mask: `[B, T]`, non-zero for valid tokens; rows and columns of the others are 0 and have no gradient.
         layers: `(start, end)`, both included; None for all.
-        out_dtype: of the result, fp32 if None.
+        out_dtype: of the result; if None fp32, or fp64 for fp64 hidden states.
         backend: see `carma_kernels.choose_backend`.
 
     Returns:
@@ -72,7 +72,7 @@ def pairwise_similarity(
     hidden, first, (chosen,) = _layers(hidden_states, layers=layers)
     similarity = _similarity(metric, temperature, first)
     valid = _validate.mask(mask, first)
-    dtype = _validate.out_dtype(out_dtype)
+    dtype = _validate.out_dtype(out_dtype, first.dtype)
     return _backend.implementation(backend, first.device).pairwise_similarity(hidden, chosen, similarity, valid, dtype)
 
 
@@ -106,7 +106,7 @@ def mi_loss(
             with L the number of layers in the loss).
         negatives: with `TokenSpans`, "sequence" for all valid tokens of the anchor's sequence outside its word (the
             paper's), "batch" for all of the batch. With a `PairIndex` leave it as it is.
-        temperature: tau, a number > 0, or a 0-d tensor, which gets its gradient and whose value is not looked at.
+        temperature: tau, a number > 0, or a 0-d tensor, which gets its gradient; NaN comes of one that is not > 0.
         metric: "cosine" or "dot".
         layers: `(start, end)`, both included; None for all.
         match_negatives: k > 0, to add `log(k / number of negatives)` to `z_i`: the exact loss then estimates, without
@@ -114,6 +114,7 @@ def mi_loss(
         reduction: "mean"; "none" for the means over pairs of each layer, `[L]`; "sum" over layers and pairs.
         num_pairs: replaces the number of pairs in the mean (a number or 0-d tensor), so that losses of parts of a batch
             (gradient accumulation, data parallelism) add up to the loss of the whole: pass the pairs of the whole.
+            NaN comes of a tensor that is negative.
         group: a process group, to have the loss of the joined batch of its ranks on each of them, with gradients whose
             mean over ranks is that of the joined batch: `docs/distributed.md`. With negatives="batch" the tokens of
             the other ranks are negatives too. None for this process alone.
@@ -190,7 +191,7 @@ def carma_loss(
     spans_or_pairs: TokenSpans | PairIndex,
     config: CarmaConfig = CarmaConfig(),  # noqa: B008 (frozen)
     *,
-    mask: Tensor | None = None,
+    mask: Tensor | Literal["all"] | None = None,
     num_pairs: float | Tensor | None = None,
     group: ProcessGroup | None = None,
     backend: str | None = None,
@@ -201,7 +202,8 @@ def carma_loss(
         hidden_states: `[L, B, T, D]` or L times `[B, T, D]`, block outputs; fp16, bf16, fp32 or fp64.
         spans_or_pairs: as in `mi_loss`.
         config: weights and options; the defaults are the paper's.
-        mask: `[B, T]`, for the stability loss, as there.
+        mask: of the stability loss: None for the valid tokens that the spans (or pairs) know, so that padding changes
+            nothing; "all" for every token, padding included, as published; or `[B, T]`, as there.
         num_pairs: for the MI loss, as there.
         group: as in `mi_loss`, for both losses.
         backend: see `carma_kernels.choose_backend`.
@@ -222,7 +224,7 @@ def carma_loss_by(
     hidden_states: HiddenStates,
     spans_or_pairs: TokenSpans | PairIndex,
     config: CarmaConfig,
-    mask: Tensor | None,
+    mask: Tensor | Literal["all"] | None,
     num_pairs: float | Tensor | None,
     group: ProcessGroup | None,
 ) -> CarmaOutput:
@@ -236,7 +238,8 @@ def carma_loss_by(
     negatives = _validate.negatives(config.negatives, spans_or_pairs)
     match = _validate.match_negatives(config.match_negatives, spans_or_pairs)
     pairs = _validate.pairs(spans_or_pairs, first, len(mi_layers))
-    stability_term = StabilityTerm(stability_layers, _validate.mask(mask, first), config.eps)
+    valid = _validate.stability_mask(mask, pairs, first)
+    stability_term = StabilityTerm(stability_layers, valid, config.eps)
     count = _divisor(num_pairs, pairs.num_pairs, "mean", first.device, group)
     backend = choose(first.device)
     if group is not None and negatives == "batch":  # two passes, since the losses are over different batches

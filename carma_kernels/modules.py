@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor, nn
 
@@ -134,7 +134,7 @@ class CarmaLoss(nn.Module):
         self,
         hidden_states: HiddenStates,
         spans_or_pairs: TokenSpans | PairIndex,
-        mask: Tensor | None = None,
+        mask: Tensor | Literal["all"] | None = None,
         num_pairs: float | Tensor | None = None,
     ) -> CarmaOutput:
         """Both losses of `[L, B, T, D]` or L times `[B, T, D]`: see `carma_loss`."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
+from csrc_ref.layers import check_option
 from csrc_ref.mi import Pairs, Spans, count_pairs, mi_loss
 from csrc_ref.stability import stability_loss
 
@@ -63,7 +64,7 @@ def carma_loss(
     spans_or_pairs: Spans | Pairs,
     config: CarmaConfig = CarmaConfig(),
     *,
-    mask: Tensor | None = None,
+    mask: Tensor | Literal["all"] | None = None,
     num_pairs: float | Tensor | None = None,
 ) -> CarmaOutput:
     """`gamma * L_MI + eta * L_Stability`.
@@ -72,7 +73,8 @@ def carma_loss(
         hidden_states: `[L, B, T, D]`, or L tensors `[B, T, D]`.
         spans_or_pairs: as in `mi_loss`.
         config: weights and the options of both losses.
-        mask: as in `stability_loss`; the MI loss goes by the spans.
+        mask: of the stability loss: None for the valid tokens that the words (or pairs) come with; "all" for every
+            token, padding included; or as in `stability_loss`. The MI loss goes by the words.
         num_pairs: as in `mi_loss`.
     """
     mi_per_layer = mi_loss(
@@ -86,6 +88,11 @@ def carma_loss(
         reduction="none",
         num_pairs=num_pairs,
     )  # [L]
+    if mask is None:
+        mask = spans_or_pairs.attention_mask
+    elif isinstance(mask, str):
+        check_option("mask", mask, ("all",))
+        mask = None
     stability_per_layer = stability_loss(
         hidden_states, layers=config.stability_layers, mask=mask, eps=config.eps, reduction="none"
     )  # [L-1]

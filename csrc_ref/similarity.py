@@ -34,7 +34,7 @@ def pairwise_similarity(
         mask: `[B, T]`, nonzero for the tokens that take part; rows and columns of the others are 0 with zero gradient,
             and their values are not read.
         layers: `(start, end)`, both included; None for all.
-        out_dtype: None for fp32.
+        out_dtype: None for fp32, or fp64 for hidden states in fp64.
 
     Returns:
         `[L, B, T, T]`.
@@ -55,7 +55,7 @@ def pairwise_similarity(
                 table = table.index_put((i, tokens), similarity(v_i, vectors, tau))
             tables.append(table[None])
     s = torch.cat(tables).reshape(len(chosen), B, T, T)
-    return s.to(out_dtype or torch.float32)
+    return s.to(out_dtype or chosen[0].dtype)
 
 
 def as_compared(h: Tensor, metric: str) -> Tensor:

@@ -28,6 +28,7 @@ class Backend:
     the one rounding to the tensor's dtype."""
     device: str = "cpu"
     max_elements: int | None = None  # of the hidden states; None for no limit
+    reads_strided: bool = True  # layers that are not contiguous
     interpret: bool = False  # Triton's interpreter, whose memory and speed say nothing about the kernels
 
     def __str__(self) -> str:
@@ -45,7 +46,7 @@ class Backend:
 
 TORCH = Backend("torch", tolerance={FP64: 1e-9, FP32: 1e-5, FP16: 1e-5, BF16: 1e-5})  # halves: computed in fp32
 # halves: the derivative by a similarity is rounded to the dtype of the tokens that it is multiplied with
-TRITON = Backend("triton", tolerance={FP32: 1e-5, FP16: 2**-11, BF16: 2**-8})
+TRITON = Backend("triton", tolerance={FP32: 1e-5, FP16: 2**-11, BF16: 2**-8}, reads_strided=False)
 
 
 def _backends() -> list[Backend]:

@@ -90,8 +90,19 @@ def check_dtype(hidden: Tensor) -> None:
 
 
 def readable(layers: Sequence[Tensor], number: float = 0.0) -> LayerTable:
-    """The layers as kernels read them: those that are not contiguous are copied, one by one."""
-    return LayerTable(tuple(layer.contiguous() for layer in layers), number)
+    """The layers as kernels read them, row after row: one that lies otherwise is refused, since a copy has its price.
+
+    Raises:
+        ValueError: a layer is not contiguous.
+    """
+    for index, layer in enumerate(layers):
+        if not layer.is_contiguous():
+            raise ValueError(
+                f"hidden_states[{index}] is a view {list(layer.shape)} with strides {list(layer.stride())}; the triton "
+                "backend reads contiguous layers. Pass layer.contiguous(), a copy whose gradient flows back to it, or "
+                "use backend='torch', which copies such layers one at a time."
+            )
+    return LayerTable(tuple(layers), number)
 
 
 def destinations(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import carma_kernels as ck
-from tests.cases import FP64, Backend, Case, list_pairs, make_batch
+from tests.cases import Backend, Case, list_pairs, make_batch
 from tests.compare import upstream_gradients
 
 HiddenStates = Tensor | Sequence[Tensor]
@@ -55,12 +55,11 @@ def _stability(masked: bool) -> Callable[[HiddenStates, Inputs, Tensor | float],
 
 
 def _similarity(hidden: HiddenStates, given: Inputs, tau: Tensor | float) -> tuple[Tensor, ...]:
-    out_dtype = FP64 if hidden[0].dtype == FP64 else None
-    return (ck.pairwise_similarity(hidden, temperature=tau, mask=given.mask, out_dtype=out_dtype, **given.options),)
+    return (ck.pairwise_similarity(hidden, temperature=tau, mask=given.mask, **given.options),)
 
 
 def _carma(hidden: HiddenStates, given: Inputs, tau: Tensor | float) -> tuple[Tensor, ...]:
-    out = ck.carma_loss(hidden, given.spans, ck.CarmaConfig(temperature=tau), mask=given.mask, **given.options)
+    out = ck.carma_loss(hidden, given.spans, ck.CarmaConfig(temperature=tau), **given.options)
     return out.loss, out.mi, out.stability
 
 

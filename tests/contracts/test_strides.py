@@ -45,8 +45,14 @@ def close(x: Tensor, y: Tensor, backend: Backend) -> None:
 @pytest.mark.parametrize("listed", thinned([True], [False]), ids=["list", "stacked"])
 @pytest.mark.parametrize("view", first(STACKED, "slice of a larger buffer", "width first"))
 def test_hidden_states(backend: Backend, op: Op, view: str, listed: bool) -> None:
-    """As their contiguous copy, down to the gradient of the buffer that they are a view of."""
+    """As their contiguous copy, down to the gradient of the buffer that they are a view of; or refused, not copied."""
     problem = make_problem(op, backend)
+    if not backend.reads_strided:
+        hidden = STACKED[view](buffer(backend))
+        there = problem.with_hidden(hidden.unbind(0) if listed else hidden)
+        with pytest.raises(ValueError, match=r"hidden_states\[0\] is a view .* Pass layer.contiguous\(\)"):
+            there.forward()
+        return
 
     def run(copy: bool) -> tuple[tuple[Tensor, ...], Tensor]:
         leaf = buffer(backend).requires_grad_()

@@ -87,7 +87,7 @@ def run(name: str, batch: LaidOut, backend: Backend, **more: Any) -> tuple[Tenso
         loss = ck.stability_loss(hidden, mask=batch.mask, reduction="none", **options)
     elif name == "carma":
         config = ck.CarmaConfig(temperature=0.3, match_negatives=5)
-        loss = ck.carma_loss(hidden, batch.spans, config, mask=batch.mask, **options).loss
+        loss = ck.carma_loss(hidden, batch.spans, config, **options).loss
     else:
         asked: dict[str, Any] = {"negatives": name} if name != "dot" else {"metric": "dot"}
         loss = ck.mi_loss(hidden, batch.spans, temperature=0.3, reduction="none", **asked, **options)

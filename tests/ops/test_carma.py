@@ -64,7 +64,9 @@ def test_values_and_gradients(
         spans = list_pairs(batch, by_layer)
     asked = config_options(case, mi_layers=mi_layers, stability_layers=stability_layers)
     count = {None: None, "int": 77, "tensor": torch.tensor(77)}[case.num_pairs]
-    mask = batch.valid if case.masked else None
+    # the valid tokens are those that the spans know; pairs that are listed know none
+    valid = batch.valid if spans is not batch.spans else None
+    mask = valid if case.masked else "all"
 
     def ours(hidden: Tensor | list[Tensor], temperature: Tensor | float) -> tuple[Tensor, ...]:
         config = carma_kernels.CarmaConfig(temperature=temperature, **asked)
@@ -72,7 +74,7 @@ def test_values_and_gradients(
             hidden,
             spans.to(backend.device),
             config,
-            mask=None if mask is None else mask.to(backend.device),
+            mask=mask.to(backend.device) if isinstance(mask, Tensor) else mask,
             num_pairs=count.to(backend.device) if isinstance(count, Tensor) else count,
             backend=backend.name,
         )

@@ -25,7 +25,6 @@ def test_values_and_gradients(backend: Backend, case: Case) -> None:
                 hidden,
                 temperature=temperature,
                 mask=batch.valid.to(backend.device) if case.masked else None,
-                out_dtype=FP64 if case.dtype == FP64 else None,
                 backend=backend.name,
                 **asked,
             ),

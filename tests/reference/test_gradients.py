@@ -130,3 +130,17 @@ def test_unselected_layers_are_not_read() -> None:
     assert hidden.grad is not None
     assert (hidden.grad[[0, 3]] == 0).all()
     assert hidden.grad.isfinite().all()
+
+
+def test_forward_mode() -> None:
+    """The way out of the backends, which refuse tangents."""
+    case = random_case(4, L=3, B=2, T=4, D=2, poison=False)
+    tangent = torch.randn(case.hidden.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    hidden = case.hidden.detach()
+
+    def loss(h: Tensor) -> Tensor:
+        return csrc_ref.carma_loss(h, case.spans).loss
+
+    _, derivative = torch.func.jvp(loss, (hidden,), (tangent,))
+    (gradient,) = torch.autograd.grad(loss(hidden.requires_grad_()), hidden)
+    assert torch.allclose(derivative, (gradient * tangent).sum())

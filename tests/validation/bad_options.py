@@ -12,6 +12,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.autograd import forward_ad
 
 import carma_kernels as ck
 from carma_kernels import CarmaConfig, _backend, _runtime, _triton_here
@@ -74,6 +75,10 @@ MASKS: list[Row] = [
     (np.ones((B, T)), TypeError, "ndarray", "must be a tensor [B, T]"),
     (SPANS, TypeError, "TokenSpans", "Pass the batch's attention_mask, or spans.attention_mask"),
     (torch.ones(B, T, device=META), ValueError, "on meta", "Move it with .to('cpu')"),
+    *(
+        (torch.zeros(B, T, dtype=dtype), TypeError, str(dtype), "Pass mask == 0")
+        for dtype in (torch.float32, torch.half)
+    ),
 ]
 COUNTS: list[Row] = [
     *((value, ValueError, str(value), "must be the number of pairs of the whole") for value in (0, -1, float("nan"))),
@@ -94,7 +99,7 @@ RANGES: list[Row] = [
 ]
 SAMPLED: list[Row] = [("sampled", ValueError, "'sampled'", "pass spans.sample_pairs(k=5) in place of the spans")]
 DTYPES: list[Row] = [
-    (value, TypeError, repr(value), "must be None (fp32) or a floating dtype")
+    (value, TypeError, repr(value), "must be None (fp32, or fp64 for fp64 hidden states) or a floating dtype")
     for value in (torch.int32, torch.complex64, "float32", float)
 ]
 
@@ -140,7 +145,38 @@ def call_without_distributed(function: str) -> object:
         return call(function, group=0)
 
 
+def call_with_tangents(function: str, argument: str, value: Any) -> object:
+    with forward_ad.dual_level():
+        return call(function, **{argument: forward_ad.make_dual(value, torch.ones_like(value))})
+
+
+def call_with_jvp(function: str, argument: str, value: Any) -> object:
+    return torch.func.jvp(lambda x: call(function, **{argument: x}), (value,), (torch.ones_like(value),))
+
+
+def call_with_jacfwd(function: str, argument: str, value: Any) -> object:
+    return torch.func.jacfwd(lambda x: call(function, **{argument: x}))(value)
+
+
+FORWARD_MODE = (call_with_tangents, call_with_jvp, call_with_jacfwd)
+WITH_TANGENTS = [
+    *((function, "hidden", "hidden_states", torch.ones(L, B, T, 4)) for function in FUNCTIONS),
+    *((function, "temperature", "temperature", torch.tensor(0.1)) for function in WITH_TEMPERATURE),
+]
+
 OPTIONS = [
+    *(
+        Bad(
+            f"{function}: {argument} in {differentiate.__name__.removeprefix('call_with_')}",
+            partial(differentiate, function, keyword, value),
+            NotImplementedError,
+            argument,
+            "carries a tangent",
+            "csrc_ref",
+        )
+        for function, keyword, argument, value in WITH_TANGENTS
+        for differentiate in FORWARD_MODE
+    ),
     *bad(WITH_TEMPERATURE, "metric", words(("Cosine", "l2", "", None, 1), "'cosine', 'dot'")),
     *bad(WITH_PAIRS, "negatives", [*words(("Batch", "all", None, 5), "'sequence', 'batch'"), *SAMPLED]),
     *bad(WITH_PAIRS, "negatives", SAMPLED, spans=PAIRS),
@@ -153,6 +189,8 @@ OPTIONS = [
     *bad(WITH_PAIRS, "num_pairs", COUNTS),
     *bad(["mi_loss"], "num_pairs", [(8, ValueError, "reduction='sum'", "drop num_pairs")], reduction="sum"),
     *bad(WITH_MASK, "mask", MASKS),
+    *bad(["carma_loss"], "mask", words(("All", ""), "'all'")),
+    *bad(["pairwise_similarity", "stability_loss"], "mask", [("all", TypeError, "str", "must be a tensor [B, T]")]),
     *bad(["pairwise_similarity", "mi_loss", "stability_loss"], "layers", RANGES),
     *bad(["carma_loss"], "mi_layers", RANGES),
     *bad(["carma_loss"], "stability_layers", RANGES),

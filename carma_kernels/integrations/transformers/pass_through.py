@@ -100,7 +100,7 @@ class _Loss:
         config: CarmaConfig,
         options: dict[str, Any],
     ) -> None:
-        own = [layer.detach()[:, prefix:] for layer in states]  # [B, T, D] each
+        own = [layer.detach()[:, prefix:].contiguous() for layer in states]  # [B, T, D] each
         self._by_layer: LossByLayer | None = LossByLayer(own, pairs, config, **options)
         self.output = self._by_layer.output
         self._prefix = prefix

@@ -120,6 +120,8 @@ class HiddenStateTap:
     ) -> CarmaOutput:
         """`carma_kernels.carma_loss` of the hidden states of the last forward, with its arguments."""
         states = self.hidden_states
+        if self.num_virtual_tokens:
+            states = [layer.contiguous() for layer in states]
         if self._passing is not None:
             whole = [capture.states for capture in self._captures if capture.states is not None]
             output = self._passing.carma_loss(whole, self.num_virtual_tokens, spans_or_pairs, config, **options)

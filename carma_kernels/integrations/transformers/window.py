@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ class CarmaWindow:
         spans: TokenSpans | PairIndex,
         config: CarmaConfig = CarmaConfig(),  # noqa: B008 (frozen)
         *,
-        mask: Tensor | None = None,
+        mask: Tensor | Literal["all"] | None = None,
         backend: str | None = None,
     ) -> CarmaOutput:
         """This batch's part: `carma_loss` of the tapped hidden states, its `loss` divided by what the window holds.
@@ -65,7 +65,7 @@ class CarmaWindow:
             tap: of the model, after its forward.
             spans: of the batch.
             config: the options.
-            mask: `[B, T]`, for the stability loss.
+            mask: of the stability loss, as in `carma_kernels.carma_loss`.
             backend: see `carma_kernels.choose_backend`.
 
         Returns:
