@@ -22,7 +22,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "doctor": Command("carma_kernels.doctor", "versions, devices, and which backend would be picked, and why"),
     "verify": Command(
-        "carma_kernels.verify", "check this installation against its own fp64 reference, on random shapes"
+        "carma_kernels.verify.cli", "check this installation against its own fp64 reference, on random shapes"
     ),
     "demo": Command("carma_kernels.demo.cli", "train a small GPT-2 on word definitions, with and without CARMA"),
     "evaluate": Command(

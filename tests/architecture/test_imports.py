@@ -68,7 +68,7 @@ ROOMS = {
     "doctor": Room(
         {"_backend", "_runtime", "_self_check", "_triton_here", "carma_kernels", "measure", "ops"}, {"torch"}
     ),
-    "verify": Room({"_backend", "_runtime", "carma_kernels", "doctor"}, {"csrc_ref", "torch"}),
+    "verify": Room({"_backend", "_runtime", "_terms", "carma_kernels", "doctor"}, {"csrc_ref", "torch"}),
     "__main__": Room({"carma_kernels"}, set()),
 }
 """From the bottom up."""

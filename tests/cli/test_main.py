@@ -42,7 +42,7 @@ def test_help_shows_options_with_their_defaults(capsys):
     out = " ".join(stopped(capsys, "verify", "--help")[1].split())
     for option in ("--cases N", "--seed N", "--device DEVICE", "--backend {all,torch,triton}", "--verbose"):
         assert option in out
-    assert "random problems for each check (default: 5)" in out
+    assert "random problems for each check; slow ones share them out among the dtypes (default: 5)" in out
     assert "(default: 0)" in out
     assert "(default: all)" in out
     assert "--json" in stopped(capsys, "doctor", "--help")[1]

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
 import carma_kernels
-from carma_kernels import PairIndex, eager, verify
+from carma_kernels import PairIndex, eager
 from carma_kernels.__main__ import main
-from carma_kernels.verify import CHECKS, TOLERANCE, Check, Problem, random_problem
+from carma_kernels.verify import table
+from carma_kernels.verify.errors import TOLERANCE, Outcome
+from carma_kernels.verify.problems import CHECKS, Check, Problem, random_problem
 from tests.cli import processes
 
 pytestmark = pytest.mark.usefixtures("no_interpreter")
 
 MI = Check("mi_loss", "sequence", "cosine")
-Terms = Callable[..., tuple[Tensor, Tensor]]
 
 
 @pytest.fixture
@@ -63,37 +62,49 @@ def test_this_installation_is_right(run):
 
 
 IN_TWO_CHECKS = """
-from carma_kernels import verify
 from carma_kernels.__main__ import main
-verify.CHECKS = verify.Check("mi_loss", "sequence", "cosine"), verify.Check("stability_loss")
+from carma_kernels.verify import table
+table.CHECKS = table.Check("mi_loss", "sequence", "cosine"), table.Check("stability_loss")
 """
 BREAK_A_KERNEL = """
-choose = verify.choose_backend
+choose = table.choose_backend
 def choose_and_break(backend, device):
     if backend == "triton":
         from carma_kernels import ops
         terms = ops.carma_terms
-        ops.carma_terms = lambda *arguments: [x * (1 + 2e-5) for x in terms(*arguments)]
+        ops.carma_terms = lambda *arguments: [broken(x, arguments[0][0].dtype) for x in terms(*arguments)]
     return choose(backend, device)
-verify.choose_backend = choose_and_break
+table.choose_backend = choose_and_break
+"""
+VALUES = """
+def broken(x, dtype):
+    return x * (1 + 2e-5)
+"""
+HALF_THE_GRADIENTS = """
+import torch
+def broken(x, dtype):
+    return x + 0.02 * (x - x.detach()) if dtype == torch.bfloat16 else x
 """
 
 
-@pytest.mark.parametrize("broken", [False, True])
-def test_both_backends(broken: bool):
+@pytest.mark.parametrize(
+    ("broken", "results"),
+    [("", ["ok"] * 3), (VALUES, ["MISS"] * 3), (HALF_THE_GRADIENTS, ["ok", "MISS", "ok"])],
+    ids=["right", "values", "gradients in bfloat16"],
+)
+def test_both_backends(broken: str, results: list[str]):
     """On a machine without a GPU, Triton's interpreter runs the kernels."""
     pytest.importorskip("triton")
-    code = IN_TWO_CHECKS + BREAK_A_KERNEL * broken + "sys.exit(main(['verify', '--cases', '1', '--device', 'cpu']))"
+    code = IN_TWO_CHECKS + (broken and broken + BREAK_A_KERNEL) + "sys.exit(main(['verify', '--device', 'cpu']))"
     result = processes.run(code=f"import sys\n{code}")
     assert result.stderr == ""
-    assert result.returncode == int(broken)
+    assert result.returncode == int(broken != "")
     lines = result.stdout.splitlines()
     headers = [line for line in lines if " backend on " in line]
     assert [line.split(", ")[0] for line in headers] == ["torch backend on cpu", "triton backend on cpu"]
     assert "in Triton's interpreter" in headers[1]
-    results = [result for _, result in rows(lines)]
-    assert results == ["ok"] * 8 + ["MISS" if broken else "ok"] * 6  # Triton has no fp64
-    assert f"{8 if broken else 14} of 14 checks within tolerance" in result.stdout
+    assert [result for _, result in rows(lines)] == ["ok"] * 8 + results * 2  # Triton has no fp64
+    assert f"{8 + 2 * results.count('ok')} of 14 checks within tolerance" in result.stdout
 
 
 def test_the_triton_backend_alone():
@@ -115,14 +126,14 @@ def test_the_triton_backend_alone():
 )
 def test_the_interpreter_is_on_where_it_is_needed(devices, backend: str, on: bool, monkeypatch):
     monkeypatch.delitem(sys.modules, "triton", raising=False)
-    with verify._interpreter(list(map(torch.device, devices)), backend):
+    with table._interpreter(list(map(torch.device, devices)), backend):
         assert (os.environ.get("TRITON_INTERPRET") == "1") == on
     assert "TRITON_INTERPRET" not in os.environ
 
 
 def test_too_late_for_the_interpreter(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", sys)
-    with verify._interpreter([torch.device("cpu")], "all"):
+    with table._interpreter([torch.device("cpu")], "all"):
         assert "TRITON_INTERPRET" not in os.environ
 
 
@@ -132,114 +143,13 @@ def test_tolerances_are_those_of_the_design():
     assert set(TOLERANCE) == {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
 
-class ScaledGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad * ctx.factor, None
-
-
-def wrong_value(terms: Terms) -> Terms:
-    def changed(hidden, mi, stability):
-        sums, changes = terms(hidden, mi, stability)
-        return sums * (1 + 2e-5), changes * (1 + 2e-5)
-
-    return changed
-
-
-def wrong_gradient(terms: Terms) -> Terms:
-    def changed(hidden, mi, stability):
-        sums, changes = terms(hidden, mi, stability)
-        return ScaledGradient.apply(sums, 1.02), ScaledGradient.apply(changes, 1.02)
-
-    return changed
-
-
-def forgotten_layer(terms: Terms) -> Terms:
-    """No gradient for the last layer."""
-
-    def changed(hidden, mi, stability):
-        if isinstance(hidden, Tensor):
-            return terms(torch.cat([hidden[:-1], hidden[-1:].detach()]), mi, stability)
-        return terms([*hidden[:-1], hidden[-1].detach()], mi, stability)
-
-    return changed
-
-
-def wrong_temperature_gradient(terms: Terms) -> Terms:
-    def changed(hidden, mi, stability):
-        if mi is not None and isinstance(mi.similarity.temperature, Tensor):
-            temperature = ScaledGradient.apply(mi.similarity.temperature, 1.05)
-            mi = dataclasses.replace(mi, similarity=dataclasses.replace(mi.similarity, temperature=temperature))
-        return terms(hidden, mi, stability)
-
-    return changed
-
-
-def not_a_number(terms: Terms) -> Terms:
-    def changed(hidden, mi, stability):
-        sums, changes = terms(hidden, mi, stability)
-        return sums * float("nan"), changes * float("nan")
-
-    return changed
-
-
-def ignored_mask(terms: Terms) -> Terms:
-    """What lies in the padding, NaN, gets in."""
-
-    def changed(hidden, mi, stability):
-        return terms(hidden, mi, stability and dataclasses.replace(stability, mask=None))
-
-    return changed
-
-
-def crash(terms: Terms) -> Terms:
-    def changed(hidden, mi, stability):
-        raise RuntimeError("an illegal memory access\nwas encountered")
-
-    return changed
-
-
-@pytest.mark.parametrize("break_it", [wrong_value, wrong_gradient, forgotten_layer, not_a_number, crash])
-@pytest.mark.parametrize("check", [MI, Check("stability_loss"), Check("carma_loss", "batch", "cosine")], ids=str)
-def test_a_wrong_backend_is_a_miss(run, monkeypatch, break_it, check: Check):
-    monkeypatch.setattr(verify, "CHECKS", (check,))
-    monkeypatch.setattr(eager, "carma_terms", break_it(eager.carma_terms))
-    status, lines = run("--cases", "4")
-    assert status == 1
-    assert list(rows(lines)) == [(check.function, "MISS")] * len(TOLERANCE)
-    assert "0 of 4 checks within tolerance" in "\n".join(lines)
-    assert any(line.startswith("MISS: this installation does not compute what the reference does") for line in lines)
-
-
-@pytest.mark.parametrize(
-    ("break_it", "check"), [(wrong_temperature_gradient, MI), (ignored_mask, Check("stability_loss"))]
-)
-def test_what_shows_in_some_problems_only_is_a_miss(run, monkeypatch, break_it, check: Check):
-    monkeypatch.setattr(verify, "CHECKS", (check,))
-    monkeypatch.setattr(eager, "carma_terms", break_it(eager.carma_terms))
-    status, lines = run()
-    assert status == 1
-    assert {result for _, result in rows(lines)} == {"MISS"}
-
-
-def test_a_wrong_similarity_is_a_miss_and_nothing_else(run, monkeypatch):
-    monkeypatch.setattr(verify, "CHECKS", (Check("pairwise_similarity", metric="dot"), MI, Check("stability_loss")))
-    similarity = eager.pairwise_similarity
-    monkeypatch.setattr(eager, "pairwise_similarity", lambda *arguments: similarity(*arguments) * (1 + 2e-5))
-    status, lines = run("--cases", "1")
-    assert status == 1
-    assert {function for function, result in rows(lines) if result == "MISS"} == {"pairwise_similarity"}
-    assert {function for function, result in rows(lines) if result == "ok"} == {"mi_loss", "stability_loss"}
+def crash(*arguments: object) -> None:
+    raise RuntimeError("an illegal memory access\nwas encountered")
 
 
 def test_a_miss_says_which_problem(run, monkeypatch):
-    monkeypatch.setattr(verify, "CHECKS", (MI,))
-    monkeypatch.setattr(eager, "carma_terms", crash(eager.carma_terms))
+    monkeypatch.setattr(table, "CHECKS", (MI,))
+    monkeypatch.setattr(eager, "carma_terms", crash)
     _, lines = run("--cases", "3")
     details = [line for line in lines if line.startswith("    problem ")]
     assert len(details) == len(TOLERANCE)
@@ -248,7 +158,7 @@ def test_a_miss_says_which_problem(run, monkeypatch):
 
 
 def test_verbose_has_a_line_for_each_problem(run, monkeypatch):
-    monkeypatch.setattr(verify, "CHECKS", (MI,))
+    monkeypatch.setattr(table, "CHECKS", (MI,))
     status, lines = run("--cases", "3", "--verbose")
     assert status == 0
     details = [line for line in lines if line.startswith("    problem ")]
@@ -257,20 +167,42 @@ def test_verbose_has_a_line_for_each_problem(run, monkeypatch):
 
 
 def test_rows_appear_as_they_are_done(monkeypatch, capsys):
-    monkeypatch.setattr(verify, "CHECKS", (MI, MI))
+    monkeypatch.setattr(table, "CHECKS", (MI, MI))
     seen = []
 
     def compare(*arguments):
         seen.append(capsys.readouterr().out)
-        return verify.Outcome(random_problem(MI, torch.float32, 0, 0), 0.0, 0.0, 0.0, "")
+        return Outcome(random_problem(MI, torch.float32, 0, 0), 0.0, 0.0, 0.0, "")
 
-    monkeypatch.setattr(verify, "_compare", compare)
+    monkeypatch.setattr(table, "compare", compare)
     assert main(["verify", "--cases", "1", "--backend", "torch"]) == 0
     assert [text.count(" ok") for text in seen] == [0] + [1] * (2 * len(TOLERANCE) - 1)
 
 
+@pytest.mark.parametrize(
+    ("check", "cases", "numbers"),
+    [
+        (MI, "1", [[0], [0], [0], [0]]),
+        (MI, "3", [[0, 1, 2]] * 4),
+        (CHECKS[-1], "1", [[0], [1], [2], [3]]),
+        (CHECKS[-1], "5", [[0, 4], [1], [2], [3]]),
+    ],
+)
+def test_what_is_slow_has_problems_of_its_own_for_each_dtype(run, monkeypatch, check: Check, cases: str, numbers):
+    monkeypatch.setattr(table, "CHECKS", (check,))
+    monkeypatch.setattr(table, "compare", lambda _, problem, *__: Outcome(problem, 0.0, 0.0, 0.0, ""))
+    _, lines = run("--cases", cases, "--verbose")
+    seen: list[list[int]] = []
+    for line in lines[2:-1]:
+        if line.startswith("    problem "):
+            seen[-1].append(int(line.split()[1].rstrip(":")))
+        else:
+            seen.append([])
+    assert seen == numbers
+
+
 def test_one_device_and_one_backend(run, monkeypatch):
-    monkeypatch.setattr(verify, "CHECKS", (MI,))
+    monkeypatch.setattr(table, "CHECKS", (MI,))
     status, lines = run("--cases", "1", "--device", "cpu", "--backend", "torch")
     assert status == 0
     assert sum(" backend on " in line for line in lines) == 1
@@ -321,6 +253,25 @@ def test_problems_are_the_same_numbers_in_every_dtype():
         problem, exact = random_problem(MI, dtype, 0, 0), random_problem(MI, torch.float64, 0, 0)
         for layer, exact_layer in zip(problem.hidden, exact.hidden, strict=True):
             assert torch.equal(layer.nan_to_num(), exact_layer.to(dtype).nan_to_num())
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=str)
+def test_three_problems_have_met_every_option(check: Check):
+    """As many as Triton's interpreter gets."""
+    some = problems(check, 3)
+    assert {problem.hidden[0].dim() for problem in some} == {3, 4}
+    assert {isinstance(problem.temperature, Tensor) for problem in some} == {False, True}
+    assert all(problem.pairs.num_pairs for problem in some)
+    for name, values in {
+        "match_negatives": {None, 5},
+        "reduction": {"mean", "sum", "none"},
+        "num_pairs": {None, 7},
+    }.items():
+        assert {problem.options.get(name) for problem in some} in (values, {None})
+    if check.function != "mi_loss":
+        assert {problem.mask is None for problem in some} == {False, True}
+    if check.function == "stability_loss":
+        assert all(last > first for first, last in filter(None, (problem.options["layers"] for problem in some)))
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=str)
