@@ -1,23 +1,39 @@
-# Every target sets itself up: a virtual environment of this checkout with the versions pinned in constraints.txt.
+# Every target sets itself up: a virtual environment of this checkout with what the target needs, in the versions pinned
+# in constraints.txt. Which build of torch that is, for a CPU or a GPU, is pip's choice: PIP_EXTRA_INDEX_URL=... adds to it.
+# READY= BIN=folder: the environment whose programs lie in that folder, as it is.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DEMO := $(READY:.ready=.demo)
+CORE := $(READY:.ready=.core)
+INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
 
-.PHONY: help setup test test-interpreter test-triton test-gpu-quick test-gpu test-gpu-sanitizer published lint types demo evaluate bench bench-smoke bench-gpu tune doctor verify clean
+.PHONY: help setup test test-interpreter test-triton test-gpu-quick test-gpu test-gpu-sanitizer published lint types demo evaluate bench bench-smoke bench-gpu tune doctor verify clean distclean
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
 
-setup: $(READY)  ## the virtual environment, and nothing else
+setup: $(READY)  ## the virtual environment with everything in it, and nothing else
 
-$(READY): pyproject.toml constraints.txt
+$(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit("carma_kernels needs Python 3.11 or later, $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=/path/to/python3.11" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	@touch $@
 
-demo: $(READY)  ## the main job: a small GPT-2 learns word definitions with and without CARMA
+# each stamp's set has the next one's in it: dev, demo, torch and numpy alone
+$(READY): pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) '.[dev]'
+	@touch $(READY) $(DEMO) $(CORE)
+
+$(DEMO): pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) '.[demo]'
+	@touch $(DEMO) $(CORE)
+
+$(CORE): pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) .
+	@touch $(CORE)
+
+demo: $(DEMO)  ## the main job: a small GPT-2 learns word definitions with and without CARMA
 	$(BIN)/python -m carma_kernels demo
 
 # a thread a process: pytest starts one for each core, and threads that wait for each other take a core's time
@@ -87,7 +103,7 @@ lint: $(READY)  ## style
 types: $(READY)  ## static types
 	$(BIN)/mypy
 
-evaluate: $(READY)  ## accuracy of the newest demo's two models when the tokens of each word are pooled into one
+evaluate: $(DEMO)  ## accuracy of the newest demo's two models when the tokens of each word are pooled into one
 	$(BIN)/python -m carma_kernels evaluate
 
 bench: $(READY)  ## speed and memory against the published algorithm, on this machine
@@ -105,11 +121,14 @@ bench-gpu: $(READY)  ## the same on a GPU, with the paper's seven models
 tune: $(READY)  ## measure the kernels' launch table on this machine's GPU
 	$(BIN)/python -m bench.tune
 
-doctor: $(READY)  ## versions, devices, which backend would be picked, and whether Triton agrees with torch
+doctor: $(CORE)  ## versions, devices, which backend would be picked, and whether Triton agrees with torch
 	$(BIN)/python -m carma_kernels doctor
 
-verify: $(READY)  ## this installation against its own fp64 oracle
+verify: $(CORE)  ## this installation against its own fp64 oracle
 	$(BIN)/python -m carma_kernels verify
 
-clean:  ## remove the virtual environment and everything generated
-	rm -rf $(VENV) .venv-triton-* runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+clean:  ## remove the virtual environment and what is generated, but for runs/
+	rm -rf $(VENV) .venv-triton-* build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+
+distclean: clean  ## runs/ too: the models that demo has trained
+	rm -rf runs
