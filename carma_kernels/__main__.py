@@ -13,14 +13,17 @@ from carma_kernels import __version__
 
 
 class Command(NamedTuple):
-    """A subcommand; its module, imported when it is asked for, has `add_arguments(parser)` and `run(args) -> int`."""
+    """A subcommand; its module, imported when it is asked for, has `add_arguments(parser)` and `run(args) -> int`.
+
+    It imports torch in `run`: help, and what is wrong with the arguments, are not to wait for that.
+    """
 
     module: str
     help: str
 
 
 COMMANDS = {
-    "doctor": Command("carma_kernels.doctor", "versions, devices, and which backend would be picked, and why"),
+    "doctor": Command("carma_kernels.doctor.cli", "versions, devices, and which backend would be picked, and why"),
     "verify": Command(
         "carma_kernels.verify.cli", "check this installation against its own fp64 reference, on random shapes"
     ),

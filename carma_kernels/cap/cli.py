@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from carma_kernels.cap.pooling import POSITIONS, PROTOCOLS
 from carma_kernels.demo.arguments import (
     FAILED,
     INTERRUPTED,
@@ -13,9 +12,9 @@ from carma_kernels.demo.arguments import (
     UsageError,
     add_machine_options,
     integer,
-    make_folder,
     missing_libraries,
     pick_device,
+    results_folder,
     share,
     stop,
 )
@@ -37,7 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     pooling = parser.add_argument_group("constituent-aware pooling")
     pooling.add_argument(
-        "--protocol", nargs="+", choices=PROTOCOLS, default=list(PROTOCOLS), help="what a word's tokens are pooled to"
+        "--protocol",
+        nargs="+",
+        choices=("mean", "max", "sum"),
+        default=["mean", "max", "sum"],
+        help="what a word's tokens are pooled to",
     )
     pooling.add_argument(
         "--start-layer",
@@ -48,8 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     pooling.add_argument(
         "--positions",
-        choices=POSITIONS,
-        default=POSITIONS[0],
+        choices=("sequential", "first"),
+        default="sequential",
         help="rotary positions of the words: one after the other, or each that of its first token",
     )
     pooling.add_argument(
@@ -90,16 +93,15 @@ def run(args: argparse.Namespace) -> int:
         definitions = read_definitions(args.data)
         if not args.all:
             definitions = split_definitions(definitions, 1, args.seed, args.data).held_out
-        make_folder(args.out)
+        with results_folder(args.out) as args.out:
+            # loads transformers and matplotlib, which takes seconds: after the checks
+            from carma_kernels.cap.evaluation import CheckpointError
+            from carma_kernels.cap.experiment import run_experiment
 
-        # loads transformers and matplotlib, which takes seconds: after the checks
-        from carma_kernels.cap.evaluation import CheckpointError
-        from carma_kernels.cap.experiment import run_experiment
-
-        try:
-            run_experiment(args, folders, definitions, device)
-        except CheckpointError as error:
-            raise UsageError(str(error)) from error
+            try:
+                run_experiment(args, folders, definitions, device)
+            except CheckpointError as error:
+                raise UsageError(str(error)) from error
     except (DataError, UsageError) as error:
         return stop(REFUSED, str(error))
     except KeyboardInterrupt:

@@ -7,14 +7,18 @@ import datetime
 import importlib.util
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 FAILED, REFUSED, INTERRUPTED = 1, 2, 130
 """Exit statuses: it cannot run, a bad argument or file, Ctrl-C."""
 
+_NOW = "<date>-<time>"
 _LIBRARIES = ("transformers", "tokenizers", "rich", "matplotlib")
 
 
@@ -35,13 +39,13 @@ def missing_libraries(command: str) -> str | None:
 
 
 def add_machine_options(parser: argparse.ArgumentParser, command: str) -> argparse._ArgumentGroup:
-    """--device and --out, which is runs/<command>-<time> if left out; the group, for more."""
+    """--device and --out, which is runs/<command>-<date>-<time> if left out; the group, for more."""
     machine = parser.add_argument_group("machine and output")
     machine.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: a GPU when there is one")
     machine.add_argument(
         "--out",
         type=Path,
-        default=Path("runs") / f"{command}-{datetime.datetime.now():%Y%m%d-%H%M%S}",
+        default=Path("runs") / f"{command}-{_NOW}",
         metavar="FOLDER",
         help="where the results go",
     )
@@ -54,6 +58,8 @@ def pick_device(name: str) -> torch.device:
     Raises:
         UsageError: a device that cannot be used here.
     """
+    import torch  # takes seconds, which `--help` does not wait for
+
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -65,16 +71,26 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def make_folder(folder: Path) -> None:
-    """Of --out.
+@contextmanager
+def results_folder(out: Path) -> Iterator[Path]:
+    """Of --out: made, with today's date and the time in it; and, if nothing was written into it, removed again.
 
     Raises:
         UsageError: it cannot be made.
     """
+    folder = Path(str(out).replace(_NOW, f"{datetime.datetime.now():%Y%m%d-%H%M%S}"))
+    new = [part for part in (folder, *folder.parents) if not part.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--out {folder} cannot be made ({error.strerror}); take another folder.") from error
+    try:
+        yield folder
+    finally:
+        for part in new:  # the innermost first
+            if any(part.iterdir()):
+                break
+            part.rmdir()
 
 
 def integer(smallest: int) -> Callable[[str], int]:

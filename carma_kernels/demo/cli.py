@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from carma_kernels import CarmaConfig, choose_backend
+import carma_kernels
 from carma_kernels.demo.arguments import (
     FAILED,
     INTERRUPTED,
@@ -15,15 +14,18 @@ from carma_kernels.demo.arguments import (
     UsageError,
     add_machine_options,
     integer,
-    make_folder,
     missing_libraries,
     non_negative,
     pick_device,
     positive,
+    results_folder,
     share,
     stop,
 )
 from carma_kernels.demo.definitions import DataError, read_definitions, shipped_file, split_definitions
+
+if TYPE_CHECKING:
+    import torch
 
 _SMALLEST_VOCABULARY = 257  # every byte, and padding
 
@@ -31,7 +33,6 @@ _SMALLEST_VOCABULARY = 257  # every byte, and padding
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Everything that can be changed about the demo."""
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
-    carma = CarmaConfig()
 
     text = parser.add_argument_group("text")
     text.add_argument(
@@ -59,32 +60,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_argument("--seed", type=integer(0), default=0, metavar="N", help="of weights, batches and negatives")
 
     loss = parser.add_argument_group("loss: (1 - lambda) L_task + lambda (gamma L_MI + eta L_Stability)")
-    loss.add_argument("--carma-weight", type=share, default=carma.carma_weight, metavar="X", help="lambda")
+    loss.add_argument("--carma-weight", type=share, default=0.3, metavar="X", help="lambda")
     loss.add_argument(
         "--mi-weight",
         type=non_negative,
-        default=carma.mi_weight,
+        default=0.5,
         metavar="X",
         help="gamma, of the MI loss, which keeps the tokens of a word together",
     )
     loss.add_argument(
         "--stability-weight",
         type=non_negative,
-        default=carma.stability_weight,
+        default=0.2,
         metavar="X",
         help="eta, of the stability loss, which keeps consecutive layers close",
     )
     loss.add_argument(
         "--temperature",
         type=positive,
-        default=carma.temperature,
+        default=0.1,
         metavar="X",
         help="tau, by which the MI loss divides similarities",
     )
     loss.add_argument(
         "--negatives",
         choices=("sequence", "batch", "sampled"),
-        default=carma.negatives,
+        default="sequence",
         help="what the MI loss holds a word against: all other tokens of its definition, all of the batch, or K drawn "
         "from its definition",
     )
@@ -118,13 +119,11 @@ def run(args: argparse.Namespace) -> int:
         backend = None if args.backend == "auto" else args.backend
         _check_backend(backend, device)
         split = split_definitions(read_definitions(args.data), args.batch_size, args.seed, args.data)
-        make_folder(args.out)
-        torch.set_num_threads(args.threads)
+        with results_folder(args.out) as args.out:
+            # loads transformers and matplotlib, which takes seconds: after the checks
+            from carma_kernels.demo.experiment import run_experiment
 
-        # loads transformers and matplotlib, which takes seconds: after the checks
-        from carma_kernels.demo.experiment import run_experiment
-
-        run_experiment(args, split, device, backend)
+            run_experiment(args, split, device, backend)
     except (DataError, UsageError) as error:
         return stop(REFUSED, str(error))
     except FloatingPointError as error:
@@ -136,6 +135,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _check_backend(backend: str | None, device: torch.device) -> None:
     try:
-        choose_backend(backend, device)
+        carma_kernels.choose_backend(backend, device)
     except (ValueError, NotImplementedError) as error:
         raise UsageError(f"--backend {backend or 'auto'} cannot be used here: {error}") from error

@@ -27,6 +27,7 @@ from carma_kernels.measure import environment
 
 def run_experiment(args: argparse.Namespace, split: Split, device: torch.device, backend: str | None) -> None:
     """Train, compare, and write the results to `args.out`; the arguments are checked already."""
+    torch.set_num_threads(args.threads)
     console = Console()
     tokenizer = train_tokenizer(split.training, args.vocab_size)
     statistics = text_statistics(tokenizer, [*split.training, *split.held_out])

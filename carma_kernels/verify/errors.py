@@ -15,7 +15,7 @@ from torch import Tensor
 
 import carma_kernels
 from carma_kernels._terms import ZERO_NORM
-from carma_kernels.doctor import one_line
+from carma_kernels.doctor.findings import one_line
 from carma_kernels.verify.problems import Problem
 
 TOLERANCE = {

@@ -16,7 +16,7 @@ import torch
 from carma_kernels import choose_backend
 from carma_kernels._backend import BACKENDS
 from carma_kernels._runtime import INTERPRET
-from carma_kernels.doctor import devices, one_line
+from carma_kernels.doctor.findings import devices, one_line
 from carma_kernels.verify.errors import TOLERANCE, Outcome, compare
 from carma_kernels.verify.problems import CHECKS, Check, random_problem
 from carma_kernels.verify.progress import Progress

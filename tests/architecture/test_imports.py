@@ -20,6 +20,7 @@ class Room(NamedTuple):
 
 INTERFACE = {"_backend", "config", "functional", "modules", "pairs", "spans"}
 ROOMS = {
+    "_lazy": Room(set(), set()),
     # what a batch's words and pairs are
     "_encodings": Room(set(), set()),
     "_ranks": Room(set(), {"numpy", "torch"}),
@@ -51,7 +52,7 @@ ROOMS = {
     "functional": Room({"_backend", "_terms", "_validate", "config", "distributed", "pairs", "spans"}, {"torch"}),
     "modules": Room({"_terms", "config", "functional", "pairs", "spans"}, {"torch"}),
     "_by_layer": Room({"_backend", "_terms", "config", "functional", "pairs", "spans"}, {"torch"}),
-    "carma_kernels": Room(INTERFACE, set()),
+    "carma_kernels": Room({"_lazy", *INTERFACE}, set()),
     # in other people's code
     "integrations": Room(
         {"_by_layer", "_encodings", "_terms", "_validate", "carma_kernels", "eager", *INTERFACE},
@@ -63,7 +64,8 @@ ROOMS = {
         {"carma_kernels", "integrations", "measure"}, {"matplotlib", "rich", "tokenizers", "torch", "transformers"}
     ),
     "cap": Room(
-        {"carma_kernels", "demo", "integrations", "measure"}, {"matplotlib", "numpy", "rich", "torch", "transformers"}
+        {"_lazy", "carma_kernels", "demo", "integrations", "measure"},
+        {"matplotlib", "numpy", "rich", "torch", "transformers"},
     ),
     "doctor": Room(
         {"_backend", "_runtime", "_self_check", "_triton_here", "carma_kernels", "measure", "ops"}, {"torch"}

@@ -11,7 +11,11 @@ import pytest
 from tests.architecture.sources import module_name, python_files, tree
 
 RUNTIME = "carma_kernels._runtime"
-COMMANDS = {"carma_kernels.measure", "carma_kernels.doctor", "carma_kernels.demo.arguments"}  # list or pick devices
+COMMANDS = {
+    "carma_kernels.measure",
+    "carma_kernels.doctor.findings",
+    "carma_kernels.demo.arguments",
+}  # list or pick devices
 COMPILES = "carma_kernels.ops.compile"  # for devices that are not there
 LAUNCH = re.compile(r"[\w.]*kernel(\[.*|\.run)", re.DOTALL)
 ASK = re.compile(r"torch\.(cuda\.(is_available|device_count|get_device_\w+)|version\.\w+)|\bknobs\b|JITFunction")

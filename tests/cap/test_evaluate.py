@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import re
@@ -17,8 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from carma_kernels import TokenSpans
 from carma_kernels.__main__ import main
-from carma_kernels.cap import constituent_pooling, read_synonyms, replace_synonyms
+from carma_kernels.cap import cli, constituent_pooling, read_synonyms, replace_synonyms
 from carma_kernels.cap.evaluation import Score
+from carma_kernels.cap.pooling import POSITIONS, PROTOCOLS
 from carma_kernels.cap.report import TASK_ONLY, WITH_CARMA
 from carma_kernels.demo.definitions import Definition, read_definitions, shipped_file
 from carma_kernels.demo.model import build_gpt2, word_logits
@@ -79,6 +81,16 @@ def outcome(demo: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return Outcome(
         evaluate(*checkpoints, "--data", data, "--all", "--batch-size", 7, "--synonyms", 0.3, "--out", out), out
     )
+
+
+def test_the_choices_are_those_of_pooling():
+    """Written out, so that help need not import what pools."""
+    parser = argparse.ArgumentParser()
+    cli.add_arguments(parser)
+    choices = {action.dest: action.choices for action in parser._actions}
+    assert choices["protocol"] == tuple(parser.get_default("protocol")) == PROTOCOLS
+    assert choices["positions"] == POSITIONS
+    assert parser.get_default("positions") == POSITIONS[0]
 
 
 def evaluate(*arguments: object) -> int:

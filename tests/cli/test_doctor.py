@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import carma_kernels
-from carma_kernels import _backend, _runtime, _triton_here, doctor
+from carma_kernels import _backend, _runtime, _triton_here
 from carma_kernels.__main__ import main
+from carma_kernels.doctor import findings as doctor
 from tests.cli import processes
 
 pytestmark = pytest.mark.usefixtures("no_interpreter")

@@ -109,6 +109,34 @@ def test_a_bug_is_not_hidden(command):
         main(["for-test"])
 
 
+REFUSE_TORCH = """
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"torch", "numpy", "triton", "transformers", "rich"}:
+            raise AssertionError(f"{name} is imported")
+
+sys.meta_path.insert(0, Refuse())
+from carma_kernels.__main__ import main
+sys.exit(main(ARGUMENTS))
+"""
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)])
+def test_help_does_not_wait_for_torch(arguments: list[str]):
+    result = processes.run(code=REFUSE_TORCH.replace("ARGUMENTS", repr(arguments)))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout
+
+
+@pytest.mark.parametrize("arguments", [[], ["nonsense"], *([command, "--nonsense"] for command in COMMANDS)])
+def test_wrong_arguments_do_not_wait_for_torch(arguments: list[str]):
+    result = processes.run(code=REFUSE_TORCH.replace("ARGUMENTS", repr(arguments)))
+    assert result.returncode == 2, result.stderr
+    assert "carma-kernels" in result.stderr.splitlines()[-1]
+
+
 def test_as_a_process_without_what_is_optional():
     """`doctor` needs torch and numpy and no more, nothing warns, and the other commands stay out of it."""
     optional = ("transformers", "tokenizers", "rich", "matplotlib", "triton", "pytest", "csrc_ref")

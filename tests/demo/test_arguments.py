@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from carma_kernels import CarmaConfig
 from carma_kernels.demo import cli
+from carma_kernels.demo.arguments import results_folder
 from tests.demo.conftest import TINY
 
 
@@ -102,5 +105,50 @@ def test_help_explains_every_knob_and_its_default() -> None:
     for action in parser._actions:
         assert action.help
     shown = " ".join(parser.format_help().split())
-    for default in ("(default: 0.3)", "(default: sequence)", "(default: 150)", "(default: runs/demo-"):
+    for default in ("(default: 0.3)", "(default: sequence)", "(default: 150)", "(default: runs/demo-<date>-<time>)"):
         assert default in shown
+
+
+def test_the_losses_defaults_are_the_papers() -> None:
+    """Written out, so that help need not import what `CarmaConfig` does."""
+    parser = argparse.ArgumentParser()
+    cli.add_arguments(parser)
+    names = ("carma_weight", "mi_weight", "stability_weight", "temperature", "negatives")
+    assert {name: parser.get_default(name) for name in names} == {name: getattr(CarmaConfig(), name) for name in names}
+
+
+class Clock(datetime.datetime):
+    @classmethod
+    def now(cls, tz: datetime.tzinfo | None = None) -> Clock:
+        return cls(2026, 1, 2, 3, 4, 5, tzinfo=tz)
+
+
+def test_the_output_folder_has_the_time_in_its_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("carma_kernels.demo.arguments.datetime.datetime", Clock)
+    monkeypatch.chdir(tmp_path)
+    parser = argparse.ArgumentParser()
+    cli.add_arguments(parser)
+    with results_folder(parser.get_default("out")) as folder:
+        (folder / "table.txt").touch()
+    assert (tmp_path / "runs" / "demo-20260102-030405" / "table.txt").exists()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, FloatingPointError])
+def test_an_output_folder_that_stays_empty_does_not_stay(error: type[BaseException], tmp_path: Path) -> None:
+    folder = results_folder(tmp_path / "runs" / "new")
+    with pytest.raises(error), folder:
+        raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_folder_that_was_there_stays(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), results_folder(tmp_path):
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt), results_folder(tmp_path / "new") as folder:
+        write_and_stop(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+def write_and_stop(folder: Path) -> None:
+    (folder / "table.txt").touch()
+    raise KeyboardInterrupt

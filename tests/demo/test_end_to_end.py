@@ -186,7 +186,7 @@ def test_ctrl_c_leaves_without_traceback(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(training.Run, "train_on", interrupt)
-    assert demo(*TINY.split(), "--data", tiny_file, "--out", tmp_path) == 130
+    assert demo(*TINY.split(), "--data", tiny_file, "--out", tmp_path / "new") == 130
     assert capsys.readouterr().err == "stopped; no results were written.\n"
     assert not list(tmp_path.iterdir())
 

@@ -1,17 +1,11 @@
-"""The subcommand `doctor`: what is installed here, on which devices, and which backend a call would run on, and why.
-
-On each GPU the Triton backend is compared with the torch backend, as it is before the first call of a training run.
-"""
+"""What there is to find, also where something is broken."""
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.metadata
-import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,19 +26,6 @@ OPTIONAL = {
 """What each extra of the package adds, as in pyproject.toml"""
 CHECKED = (torch.float32, torch.float16, torch.bfloat16)
 AGREES = "agrees with the torch backend"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `doctor`."""
-    parser.add_argument("--json", action="store_true", help="print the same as JSON, for a bug report or a script")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Print the findings; returns 1 if any of them stops the losses from running, 0 otherwise."""
-    findings = examine()
-    text = json.dumps(findings, indent=2) if args.json else "\n".join(_lines(findings))
-    sys.stdout.write(f"{text}\n")
-    return 1 if findings["problems"] else 0
 
 
 def examine() -> dict[str, Any]:
@@ -139,69 +120,6 @@ def _notes(machine: dict[str, Any]) -> Iterator[str]:
             f"version {machine['carma_kernels']} is installed, {__version__} is what runs: "
             "pip install --force-reinstall carma-kernels, or start Python in another folder."
         )
-
-
-def _lines(findings: dict[str, Any]) -> Iterator[str]:
-    machine = findings["environment"]
-    commit = machine.get("commit")
-    changed = ", with changes" if machine.get("dirty") else ""
-    yield f"carma_kernels {findings['version']}" + (f" (commit {commit[:12]}{changed})" if commit else "")
-    if machine:
-        yield ""
-        yield from _table(
-            {
-                "python": f"{machine['python']} on {machine['platform']}",
-                "torch": f"{machine['torch']}, {machine['torch_threads']} threads",
-                "CUDA or ROCm": machine["cuda"] or "none in this torch",
-                "triton": machine["triton"] or "not installed",
-                "numpy": machine["numpy"],
-                "CPU": f"{machine['cpu']}, {machine['cpu_cores']} cores",
-                "GPUs": "; ".join(_gpu(gpu) for gpu in machine["gpus"]) or "none that torch can use",
-                **({"GPU driver": machine["gpu_driver"]} if machine["gpu_driver"] else {}),
-            }
-        )
-    yield ""
-    yield f"Backend picked for tensors on each device ({VARIABLE} {_setting(findings['variable'])})"
-    yield from _table(
-        {device: f"{pick['backend'] or 'none'}: {pick['reason']}" for device, pick in findings["backends"].items()}
-    )
-    if findings["triton"]:
-        yield ""
-        yield "The Triton backend on each GPU, held against the torch backend there"
-        yield from _table(
-            {device: f"cannot be used: {why}" for device, why in findings["triton"].items() if why}
-            | {
-                f"{device} {dtype}": result
-                for device, results in findings["self_check"].items()
-                for dtype, result in results.items()
-            }
-        )
-    yield ""
-    yield "Optional packages"
-    for extra, packages in findings["optional"].items():
-        installed = [f"{name} {version}" for name, version in packages.items() if version]
-        missing = [name for name, version in packages.items() if not version]
-        parts = [", ".join(installed)] if installed else []
-        if missing:
-            parts.append(f"missing {', '.join(missing)}: pip install 'carma-kernels[{extra}]'")
-        yield from _table({extra: "; ".join(parts)})
-    yield ""
-    yield from (f"Note: {note}" for note in findings["notes"])
-    yield from (f"PROBLEM: {problem}" for problem in findings["problems"])
-    yield f"{len(findings['problems']) or 'no'} problem{'' if len(findings['problems']) == 1 else 's'} found."
-
-
-def _table(rows: dict[str, str]) -> Iterator[str]:
-    width = max(12, *map(len, rows))
-    yield from (f"  {name:<{width}}  {value}" for name, value in rows.items())
-
-
-def _gpu(gpu: dict[str, Any]) -> str:
-    return f"{gpu['name']} (capability {gpu['capability']}, {gpu['memory'] / 2**30:.0f} GiB)"
-
-
-def _setting(value: str | None) -> str:
-    return "is not set" if value is None else f"is {value!r}"
 
 
 def _version(distribution: str) -> str | None:
