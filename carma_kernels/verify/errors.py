@@ -67,18 +67,20 @@ def _evaluate(
     outputs = _outputs(package, problem, hidden, temperature, mask, backend)
 
     generator = torch.Generator().manual_seed(problem.seed)
-    total = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32), device=device)
+    total = size = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32), device=device)
     for output in outputs:
         upstream = torch.rand(output.shape, generator=generator, dtype=torch.float64) + 0.5
         if output.requires_grad:
-            total = total + (output * upstream.to(output)).sum()
+            weighted = output * upstream.to(output)
+            total = total + weighted.sum()
+            size = size + weighted.detach().abs().sum()
     found = torch.autograd.grad(total, leaves, allow_unused=True)
     gradients = [
         torch.zeros_like(leaf) if gradient is None else gradient for leaf, gradient in zip(leaves, found, strict=True)
     ]
     if isinstance(temperature, Tensor):
-        # its terms can cancel, so that its own size says little: held against L / tau
-        gradients[-1] = torch.stack([gradients[-1], (total / temperature).detach()])
+        # its terms can cancel, and so can similarities: held against the sum of the outputs' sizes, over tau
+        gradients[-1] = torch.stack([gradients[-1], size / temperature.detach()])
     if problem.hidden[0].dim() == 4:
         gradients[:1] = gradients[0].unbind(0)  # each layer is held against its own size
     return [output.detach() for output in outputs], gradients

@@ -89,3 +89,12 @@ def test_two_roundings_are_allowed(check: Check, seed: int):
     ]
     error = errors._error(worst, gradients[: len(terms)], sizes[: len(terms)])
     assert error <= errors.TOLERANCE[dtype][1] * (1 + 1e-9)
+
+
+def test_a_temperatures_gradient_is_held_against_its_terms():
+    """The similarities of a batch have both signs, and so its gradient, their weighted sum, may be next to nothing."""
+    problem = random_problem(Check("pairwise_similarity", metric="cosine"), torch.float32, 89, 2)
+    own, size = gradients_of(problem)[-1]
+    assert own.abs() < size / 100
+    outcome = errors.compare(csrc_ref, problem, torch.float32, CPU, "torch")
+    assert outcome.excess < 1
