@@ -7,12 +7,26 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import PreTrainedTokenizerFast
+from transformers import AlbertConfig, AlbertForMaskedLM, PreTrainedTokenizerFast
 
 from carma_kernels.integrations.transformers import HiddenStateTap
-from carma_kernels.integrations.transformers.blocks import find_blocks
-from tests.integration.tap.models import FAMILIES, LAYERS, VALID, WIDTH, batch, blocks_of, build, hand_placed
+from carma_kernels.integrations.transformers.blocks import find_blocks, given_blocks
+from tests.integration.tap.models import (
+    ENCODER_DECODERS,
+    FAMILIES,
+    LAYERS,
+    VALID,
+    WIDTH,
+    WITH_VISION,
+    batch,
+    blocks_of,
+    build,
+    build_encoder_decoder,
+    build_with_vision,
+    hand_placed,
+)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -109,6 +123,52 @@ def test_given_blocks() -> None:
     assert [id(states) for states in tap.hidden_states] == [id(output) for output in seen[:2]]
 
 
+@pytest.mark.parametrize("vision_depth", [LAYERS, LAYERS - 1])
+@pytest.mark.parametrize("family", WITH_VISION)
+def test_of_a_model_that_sees_the_language_models_blocks(family: str, vision_depth: int) -> None:
+    """However many blocks read the image."""
+    model = build_with_vision(family, vision_depth)
+    assert find_blocks(model).modules == list(model.model.language_model.layers)
+
+
+@pytest.mark.parametrize("depths", [(4, 4), (4, 2), (2, 4)])
+@pytest.mark.parametrize("family", ENCODER_DECODERS)
+def test_an_encoder_and_a_decoder_are_told_apart_by_their_path(family: str, depths: tuple[int, int]) -> None:
+    """A config says the length of one of them."""
+    model = build_encoder_decoder(family, *depths)
+    encoder, decoder, _ = ENCODER_DECODERS[family]
+    with pytest.raises(ValueError, match=f"several lists.*blocks='{encoder}' or blocks='{decoder}'"):
+        HiddenStateTap(model)
+    for path, depth in zip((encoder, decoder), depths, strict=True):
+        found = given_blocks(model, path)
+        assert found.modules == list(model.get_submodule(path))
+        assert len(found.modules) == depth
+        assert found.owner is model.get_submodule(path.rpartition(".")[0])
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")  # which peft reads
+def test_a_path_leaves_out_wrappers() -> None:
+    """As a trainer puts them around the model that its user named a path of."""
+    model = build()
+    wrapped = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    assert given_blocks(wrapped, "model.layers").modules == list(blocks_of(model))
+    assert given_blocks(nn.Sequential(model), "model.layers").modules == list(blocks_of(model))
+
+
+def _albert(**options: int) -> AlbertForMaskedLM:
+    sizes = {"vocab_size": 40, "embedding_size": 8, "hidden_size": WIDTH, "num_attention_heads": 2}
+    return AlbertForMaskedLM(AlbertConfig(**sizes, intermediate_size=32, **options))
+
+
+@pytest.mark.parametrize("blocks", [None, "albert.encoder.albert_layer_groups"])
+def test_blocks_that_run_again_and_again_are_not_supported(blocks: str | None) -> None:
+    with pytest.raises(
+        ValueError, match=r"AlbertForMaskedLM is not supported: its 3 layers are 1 block.*no one output"
+    ):
+        HiddenStateTap(_albert(num_hidden_layers=3), blocks=blocks)
+    assert len(find_blocks(_albert(num_hidden_layers=3, num_hidden_groups=3)).modules) == 3, "each runs once"
+
+
 def _with_config(depth: int, **children: nn.Module) -> nn.Module:
     model = nn.Module()
     model.config = SimpleNamespace(num_hidden_layers=depth)
@@ -149,6 +209,19 @@ def test_the_nearest_config_counts() -> None:
         (_with_config(3, a=_list(3)), {"blocks": _list(3)}, ValueError, "blocks must be parts of model"),
         (_with_config(3, a=_list(3)), {"blocks": []}, ValueError, "blocks must be one module or more"),
         (_with_config(3, a=_list(3)), {"blocks": ["a"]}, TypeError, "blocks must be a ModuleList or a list"),
+        (
+            _with_config(3, a=_list(3)),
+            {"blocks": "b.c"},
+            ValueError,
+            r"blocks='b.c' is nothing in .* lists are a \(3\)",
+        ),
+        (_with_config(3, a=_list(3)), {"blocks": "a.0"}, ValueError, "blocks='a.0' is a Linear, no list of blocks"),
+        (
+            nn.Sequential(_with_config(1, a=_list(3)), _with_config(1, a=_list(3))),
+            {"blocks": "a"},
+            ValueError,
+            r"blocks='a' is the end of several paths in Sequential: \['0.a', '1.a'\]",
+        ),
     ],
 )
 def test_errors_say_the_way_out(model, options, error, message) -> None:
