@@ -55,7 +55,7 @@ ROOMS = {
     "carma_kernels": Room({"_lazy", *INTERFACE}, set()),
     # in other people's code
     "integrations": Room(
-        {"_by_layer", "_encodings", "_terms", "_validate", "carma_kernels", "eager", *INTERFACE},
+        {"_by_layer", "_encodings", "_terms", "_validate", "carma_kernels", "distributed", "eager", *INTERFACE},
         {"numpy", "torch", "transformers"},
     ),
     # the commands

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from carma_kernels.config import CarmaConfig
+from carma_kernels.distributed import global_num_pairs
 from carma_kernels.functional import CarmaOutput
 from carma_kernels.integrations.transformers.tap import HiddenStateTap
 from carma_kernels.pairs import PairIndex
 from carma_kernels.spans import TokenSpans
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -36,19 +41,49 @@ class CarmaWindow:
     """of the window on this rank, those without spans included; the ranks have as many"""
 
     @classmethod
-    def of(cls, batches: Iterable[Mapping[str, Any]], accelerator: Any = None, key: str = "spans") -> CarmaWindow:
+    def of(
+        cls,
+        batches: Iterable[Mapping[str, Any]],
+        accelerator: Any = None,
+        key: str = "spans",
+        *,
+        group: ProcessGroup | None = None,
+        device: torch.device | str | None = None,
+    ) -> CarmaWindow:
         """Count a window's batches, which must be at hand before the first backward; one reduction over the ranks.
 
         Args:
             batches: with their `TokenSpans` (or `PairIndex`) under `key`.
-            accelerator: an `accelerate.Accelerator`, or None for a single process.
+            accelerator: an `accelerate.Accelerator`, whose processes are the ranks.
             key: as the collator's.
+            group: without Accelerate, the ranks over which gradients are averaged, `dist.group.WORLD` say.
+            device: with `group`, that of the hidden states; None for that of the spans.
+
+        Raises:
+            ValueError: both `accelerator` and `group`; or neither, where torch.distributed runs several processes.
         """
-        pairs = [getattr(batch.get(key), "num_pairs", 0) for batch in batches]
-        if accelerator is None or accelerator.num_processes == 1:
+        spans = [batch.get(key) for batch in batches]
+        pairs = [getattr(of_batch, "num_pairs", 0) for of_batch in spans]
+        if accelerator is not None and group is not None:
+            raise ValueError("accelerator and group both say which ranks there are. Give one of them.")
+        processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        if accelerator is None and group is None and processes > 1:
+            raise ValueError(
+                f"torch.distributed runs {processes} processes, and a window without accelerator= or group= would be "
+                "that of this one. Give the accelerator, or group=dist.group.WORLD and device=. For a process that "
+                "trains a model of its own: CarmaWindow(num_pairs, num_batches)."
+            )
+        if group is not None:
+            total, W = (
+                global_num_pairs([of_batch for of_batch in spans if of_batch is not None], group, device),
+                group.size(),
+            )
+        elif accelerator is not None and accelerator.num_processes > 1:
+            local = torch.tensor(sum(pairs), device=accelerator.device)
+            total, W = accelerator.reduce(local, reduction="sum"), accelerator.num_processes
+        else:
             return cls(max(sum(pairs), 1), len(pairs))
-        local = torch.tensor(sum(pairs), device=accelerator.device)
-        return cls(accelerator.reduce(local, reduction="sum").clamp_min(1) / accelerator.num_processes, len(pairs))
+        return cls(total.clamp_min(1) / W, len(pairs))
 
     def carma_loss(
         self,
