@@ -36,15 +36,20 @@ class LossSums:
 
 
 def named_losses(
-    config: CarmaConfig, task: float, mi_per_layer: Sequence[float], stability_per_layer: Sequence[float]
+    config: CarmaConfig,
+    task: float,
+    mi_per_layer: Sequence[float],
+    stability_per_layer: Sequence[float],
+    log_layers: bool = True,
 ) -> dict[str, float]:
-    """The losses under the names they are logged by; layers count from 0, as in `config`."""
+    """The losses under the names they are logged by; layers, if asked for, count from 0, as in `config`."""
+    totals = {"task_loss": task, "mi_loss": fmean(mi_per_layer), "stability_loss": sum(stability_per_layer)}
+    if not log_layers:
+        return totals
     first_mi = config.mi_layers[0] if config.mi_layers else 0
     first_stability = config.stability_layers[0] if config.stability_layers else 0
     return {
-        "task_loss": task,
-        "mi_loss": fmean(mi_per_layer),
-        "stability_loss": sum(stability_per_layer),
+        **totals,
         **{f"mi_loss/layer_{layer}": loss for layer, loss in enumerate(mi_per_layer, first_mi)},
         **{
             f"stability_loss/layer_{layer}_to_{layer + 1}": loss

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from carma_kernels.config import CarmaConfig, checked
 from carma_kernels.functional import total_loss
+from carma_kernels.integrations.transformers.blocks import Blocks, find_blocks, given_blocks
 from carma_kernels.integrations.transformers.collator import WORD_IDS, CarmaCollator
 from carma_kernels.integrations.transformers.logs import LossSums, named_losses
 from carma_kernels.integrations.transformers.tap import HiddenStateTap
+from carma_kernels.integrations.transformers.unsupported import (
+    refuse_order,
+    refuse_settings,
+    refuse_trainer,
+    refuse_unlearned,
+)
 from carma_kernels.integrations.transformers.window import CarmaWindow
 from carma_kernels.pairs import PairIndex
 from carma_kernels.spans import TokenSpans
@@ -40,31 +48,44 @@ class CarmaTrainerMixin(_Trainer):
     read when they are logged. An evaluation batch without spans counts for its task loss alone.
 
     Args (beside those of the trainer):
-        carma: the options of the losses.
+        carma: the options of the losses. A temperature that is to be learned must be a parameter of the model.
+        carma_blocks: the blocks whose outputs are the hidden states, where they are not found in the model, as in one
+            with an encoder and a decoder: the path of their list ("model.decoder.layers"), which holds in every model
+            that `model_init` makes, or the modules.
+        carma_log_layers: log each layer's losses beside the totals.
         sampled_negatives: k, to hold each pair against k tokens drawn from its sequence instead of all of them. The
             random stream is this rank's own; checkpoints keep it.
 
     Raises:
-        TypeError: `carma` is no `CarmaConfig`.
-        ValueError: `nn.DataParallel`, whose replicas a tap cannot follow; or a training batch without spans.
+        TypeError: `carma` is no `CarmaConfig`; or, by the class statement, the mixin comes after the trainer.
+        ValueError: a trainer, or a setting of it, that `docs/training.md` lists as not supported; blocks that are not
+            found; a temperature that would not be learned; or a training batch without spans.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Look at the order of the class statement."""
+        super().__init_subclass__(**kwargs)
+        refuse_order(cls, CarmaTrainerMixin)
 
     def __init__(
         self,
         *args: Any,
         carma: CarmaConfig = CarmaConfig(),  # noqa: B008 (frozen)
+        carma_blocks: str | Sequence[nn.Module] | None = None,
+        carma_log_layers: bool = True,
         sampled_negatives: int | None = None,
         **kwargs: Any,
     ) -> None:
         """Set the trainer up, and wrap its collator where that is no `CarmaCollator` yet."""
+        refuse_trainer(type(self))
         self.carma = checked(carma)
+        self.carma_blocks, self.carma_log_layers = carma_blocks, carma_log_layers
         self.sampled_negatives = sampled_negatives
         super().__init__(*args, **kwargs)
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"{type(self).__name__} does not support nn.DataParallel, which Trainer uses for the {self.args.n_gpu} "
-                "GPUs it sees. Start one process a GPU with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES."
-            )
+        refuse_settings(type(self).__name__, self.args, self.accelerator)
+        model: Any = self.model
+        refuse_unlearned(self.carma, model, self.optimizer)
+        self._find_blocks()  # or raise, now
         if not isinstance(self.data_collator, CarmaCollator):
             tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)  # a processor has one
             self.data_collator = CarmaCollator(
@@ -165,6 +186,7 @@ class CarmaTrainerMixin(_Trainer):
                 sums["task"][0] / sequences,
                 [loss / max(pairs, 1) for loss in sums["mi"]],
                 [loss / sequences for loss in sums["stability"]],
+                self.carma_log_layers,
             )
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in losses.items()})
         return output
@@ -173,7 +195,9 @@ class CarmaTrainerMixin(_Trainer):
         """As the trainer; beside the training loss stand its parts, means over the steps since the last time."""
         if "loss" in logs and (sums := self._training_losses.take(self.accelerator, "mean")):
             means = {name: [loss / self._steps_since_log for loss in losses] for name, losses in sums.items()}
-            logs.update(named_losses(self.carma, means["task"][0], means["mi"], means["stability"]))
+            logs.update(
+                named_losses(self.carma, means["task"][0], means["mi"], means["stability"], self.carma_log_layers)
+            )
             self._steps_since_log = 0
         super().log(logs, *args, **kwargs)
 
@@ -188,8 +212,16 @@ class CarmaTrainerMixin(_Trainer):
         if self._tap is None or self._tapped_model is not model:
             if self._tap is not None:
                 self._tap.remove()
-            self._tap, self._tapped_model = HiddenStateTap(model), model
+            # what the optimizer of DeepSpeed holds are other tensors
+            refuse_unlearned(self.carma, model, None if self.is_deepspeed_enabled else self.optimizer)
+            self._tap, self._tapped_model = HiddenStateTap(model, blocks=self._find_blocks().modules), model
         return self._tap
+
+    def _find_blocks(self) -> Blocks:
+        model: Any = self.model
+        if self.carma_blocks is None:
+            return find_blocks(model, "carma_blocks")
+        return given_blocks(model, self.carma_blocks, "carma_blocks")
 
     def _divides_loss(self, num_items: Any) -> bool:
         """Whether `Trainer.training_step` is going to divide the loss by the number of accumulated batches."""

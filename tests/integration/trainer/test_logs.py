@@ -96,6 +96,23 @@ def test_evaluation(tmp_path: Path) -> None:
     assert set(metrics) >= {"eval_mi_loss/layer_1", "eval_stability_loss/layer_0_to_1"}
 
 
+def test_totals_alone(tmp_path: Path) -> None:
+    """Of a deep model that is two numbers a layer less, in training and evaluation."""
+    whole, totals = (trainer(tmp_path, 2, carma=CONFIG, carma_log_layers=layers) for layers in (True, False))
+    for one in (whole, totals):
+        one.train()
+    [[logs, *_], [fewer, *_]] = whole.state.log_history, totals.state.log_history
+    assert fewer.keys() == {name for name in logs if "layer" not in name}
+    metrics = totals.evaluate(examples(2))
+    assert {name for name in metrics if name.endswith("_loss") or "layer" in name} == {
+        "eval_loss",
+        "eval_task_loss",
+        "eval_mi_loss",
+        "eval_stability_loss",
+    }
+    assert all(fewer[name] == logs[name] for name in ("task_loss", "mi_loss", "stability_loss"))
+
+
 def test_evaluation_and_prediction_without_training(tmp_path: Path) -> None:
     one = trainer(tmp_path, carma=CONFIG)
     assert one.evaluate(examples(4))["eval_mi_loss"] > 0

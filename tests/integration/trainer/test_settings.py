@@ -166,10 +166,3 @@ def test_own_collator_is_left_alone_and_others_are_wrapped(tmp_path: Path) -> No
 def test_wrong_options(options: dict[str, Any], error: type[Exception], message: str, tmp_path: Path) -> None:
     with pytest.raises(error, match=message):
         trainer(tmp_path, 2, **options).train()
-
-
-def test_data_parallel_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its replicas run without hooks."""
-    monkeypatch.setattr(type(arguments(tmp_path)), "n_gpu", 2)
-    with pytest.raises(ValueError, match=r"nn\.DataParallel.*torchrun"):
-        trainer(tmp_path)

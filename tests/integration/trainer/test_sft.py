@@ -109,8 +109,3 @@ def test_lora_checkpointing_accumulation_and_evaluation(tmp_path: Path) -> None:
     evaluations = [entry for entry in one.state.log_history if "eval_loss" in entry]
     assert evaluations[-1]["eval_mi_loss"] < evaluations[0]["eval_mi_loss"]
     assert {"eval_task_loss", "eval_stability_loss", "eval_mi_loss/layer_0"} <= evaluations[0].keys()
-
-
-def test_packed_batches_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="padding_free=False"):
-        sft(tmp_path, padding_free=True).train()

@@ -96,13 +96,15 @@ class InOrder(CarmaTrainer):
 
 def trainer(folder: Path, count: int = 8, kind: type[CarmaTrainer] = InOrder, **options: Any) -> CarmaTrainer:
     """Arguments of the trainer by their names, all others those of `TrainingArguments`."""
-    own = {"carma", "sampled_negatives", "compute_loss_func", "callbacks", "eval_dataset", "data_collator", "model"}
+    own = {"carma", "carma_blocks", "carma_log_layers", "sampled_negatives", "compute_loss_func", "callbacks"}
+    own |= {"eval_dataset", "train_dataset", "data_collator", "model", "model_init", "optimizers"}
     given = {name: options.pop(name) for name in own & options.keys()}
     collator = DataCollatorForLanguageModeling(tokenizer(), mlm=False)
-    defaults = {"model": model(), "data_collator": collator, "carma": CARMA_ALONE}
+    defaults = {"data_collator": collator, "carma": CARMA_ALONE, "train_dataset": examples(count)}
+    if "model_init" not in given:
+        defaults["model"] = model()
     return kind(
         args=arguments(folder, **options),
-        train_dataset=examples(count),
         processing_class=tokenizer(),
         **(defaults | given),
     )
