@@ -212,8 +212,8 @@ class CarmaTrainerMixin(_Trainer):
         if self._tap is None or self._tapped_model is not model:
             if self._tap is not None:
                 self._tap.remove()
-            # what the optimizer of DeepSpeed holds are other tensors
-            refuse_unlearned(self.carma, model, None if self.is_deepspeed_enabled else self.optimizer)
+            optimizer = None if self.is_deepspeed_enabled else self.optimizer  # which holds other tensors there
+            refuse_unlearned(self.carma, model, optimizer, self.model_wrapped)
             self._tap, self._tapped_model = HiddenStateTap(model, blocks=self._find_blocks().modules), model
         return self._tap
 

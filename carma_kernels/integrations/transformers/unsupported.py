@@ -73,17 +73,20 @@ def refuse_settings(name: str, args: Any, accelerator: Any) -> None:
                 )
 
 
-def refuse_unlearned(config: CarmaConfig, model: nn.Module, optimizer: Any = None) -> None:
+def refuse_unlearned(
+    config: CarmaConfig, model: nn.Module, optimizer: Any = None, wrapped: nn.Module | None = None
+) -> None:
     """A temperature that is to be learned, and that nothing would learn or keep.
 
     Args:
         config: whose temperature it is.
         model: that is trained.
         optimizer: that trains it, if there is one yet whose parameters are the model's.
+        wrapped: the model within DDP, if it is.
 
     Raises:
-        ValueError: it is no parameter of the model or none of the optimizer's, is frozen, or the model is peft's, which
-            freezes it and leaves it out of checkpoints.
+        ValueError: it is no parameter of the model or none of the optimizer's, or is frozen; the model is peft's, which
+            freezes it and leaves it out of checkpoints; or DDP's, which takes it for one that is not used.
     """
     tau = config.temperature
     if not isinstance(tau, Tensor) or not (tau.requires_grad or isinstance(tau, nn.Parameter)):
@@ -110,6 +113,11 @@ def refuse_unlearned(config: CarmaConfig, model: nn.Module, optimizer: Any = Non
         raise ValueError(
             "carma.temperature requires a gradient and is not among the parameters of the optimizer, which would not "
             "learn it. Add it there, or pass a number."
+        )
+    if getattr(wrapped, "find_unused_parameters", False):
+        raise ValueError(
+            "carma.temperature is no part of the model's outputs, and DDP, which looks there for the parameters that "
+            "are used, takes it for an unused one. Set ddp_find_unused_parameters=False in the training arguments."
         )
 
 

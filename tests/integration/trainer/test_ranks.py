@@ -7,6 +7,7 @@ import os
 import socket
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
 from tests.integration.trainer.test_scaling import windows
+from tests.integration.trainer.test_temperature import config, learning
 from tests.integration.trainer.toys import CARMA_ALONE, Gradients, assert_same, trainer, window_gradients
 
 TIMEOUT = 180  # s; some twenty suffice, most of them to start
@@ -34,22 +36,23 @@ def work(rank: int, folder: str, port: int) -> None:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     for steps, average in SETTINGS:
-        torch.save(_train(Path(folder), steps, average), Path(folder, f"{steps}-{average}-{rank}.pt"))
+        trained = _train(
+            Path(folder), gradient_accumulation_steps=steps, average_tokens_across_devices=average, carma=CARMA_ALONE
+        )
+        torch.save(trained, Path(folder, f"{steps}-{average}-{rank}.pt"))
+    own = learning()
+    options = {"model": own, "carma": config(own), "gradient_accumulation_steps": 2}
+    with pytest.raises(ValueError, match="Set ddp_find_unused_parameters=False"):
+        _train(Path(folder), **options)
+    torch.save(_train(Path(folder), ddp_find_unused_parameters=False, **options), Path(folder, f"learned-{rank}.pt"))
     gc.collect()  # a DDP model that outlives the group ends it while it holds the GIL, for which gloo's thread may wait
     torch.distributed.destroy_process_group()
 
 
-def _train(folder: Path, steps: int, average: bool) -> tuple[list[dict[str, Tensor]], list[dict[str, float]]]:
+def _train(folder: Path, **options: Any) -> tuple[list[dict[str, Tensor]], list[dict[str, float]]]:
     """The gradient of each optimizer step, and what was logged."""
     seen = Gradients()
-    one = trainer(
-        folder,
-        COUNT,
-        callbacks=[seen],
-        gradient_accumulation_steps=steps,
-        average_tokens_across_devices=average,
-        ddp_backend="gloo",
-    )
+    one = trainer(folder, COUNT, callbacks=[seen], ddp_backend="gloo", **options)
     assert one.args.world_size == RANKS
     one.train()
     return seen.steps, one.state.log_history
@@ -74,22 +77,28 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("steps", "average"), SETTINGS)
 def test_gradient_is_that_of_the_window_over_all_ranks(steps: int, average: bool, results: Path) -> None:
-    expected = [
-        window_gradients([batch for window in of_ranks for batch in window], CARMA_ALONE)
-        for of_ranks in _by_window(steps)
-    ]
+    # each rank takes every second batch
+    _assert_same(
+        results, f"{steps}-{average}", [window_gradients(batches) for batches in windows(COUNT, RANKS * steps)]
+    )
+
+
+def test_gradient_of_a_learned_temperature(results: Path) -> None:
+    """Which lies outside of what DDP calls: its hook on the parameter averages it like the others."""
+    expected = []
+    for batches in windows(COUNT, RANKS * 2):
+        own = learning()
+        expected.append(window_gradients(batches, config(own), lambda own=own: own))
+    assert all(gradient["carma_temperature"] for gradient in expected)
+    _assert_same(results, "learned", expected)
+
+
+def _assert_same(results: Path, name: str, expected: list[dict[str, Tensor]]) -> None:
     for rank in range(RANKS):
-        seen, _ = torch.load(results / f"{steps}-{average}-{rank}.pt")
-        assert len(seen) == len(expected)
+        seen, _ = torch.load(results / f"{name}-{rank}.pt")
         for actual, gradient in zip(seen, expected, strict=True):
             # DDP puts the module's name under another
             assert_same({name.removeprefix("module."): value for name, value in actual.items()}, gradient)
-
-
-def _by_window(steps: int) -> list[list[list[list[dict[str, object]]]]]:
-    """Of each optimizer step its batches; each rank takes every second one."""
-    every = windows(COUNT, RANKS * steps)
-    return [[batches] for batches in every]
 
 
 def test_logs_are_those_of_all_ranks(results: Path) -> None:
