@@ -17,6 +17,7 @@ from carma_kernels.integrations.transformers.collator import WORD_IDS, CarmaColl
 from carma_kernels.integrations.transformers.logs import LossSums, named_losses
 from carma_kernels.integrations.transformers.tap import HiddenStateTap
 from carma_kernels.integrations.transformers.unsupported import (
+    refuse_examples,
     refuse_order,
     refuse_settings,
     refuse_trainer,
@@ -83,6 +84,7 @@ class CarmaTrainerMixin(_Trainer):
         self.sampled_negatives = sampled_negatives
         super().__init__(*args, **kwargs)
         refuse_settings(type(self).__name__, self.args, self.accelerator)
+        refuse_examples(type(self).__name__, self.train_dataset)
         model: Any = self.model
         refuse_unlearned(self.carma, model, self.optimizer)
         self._find_blocks()  # or raise, now

@@ -8,6 +8,11 @@ from torch import Tensor, nn
 
 from carma_kernels.config import CarmaConfig
 
+_NO_TEXTS = (
+    "Preference data (chosen and rejected answers), and answers that are generated in training, have no input_ids in "
+    "the examples, of which CARMA takes the words. Train on one text an example; of TRL's trainers, with SFTTrainer."
+)
+
 
 def refuse_order(kind: type, mixin: type) -> None:
     """A class in which a trainer comes before the mixin, whose methods are then not called, or within the trainer's.
@@ -34,11 +39,22 @@ def refuse_trainer(kind: type) -> None:
     """
     of_trl = next((base for base in kind.__mro__ if base.__module__.partition(".")[0] == "trl"), None)
     if of_trl is not None and of_trl.__name__ != "SFTTrainer":
-        raise ValueError(
-            f"{kind.__name__} is a {of_trl.__name__}, which is not supported. Preference data (chosen and rejected "
-            "answers) and answers that are generated in training have no input_ids in the examples, of which the "
-            "words could be found. Of TRL's trainers, use SFTTrainer."
-        )
+        raise ValueError(f"{kind.__name__} is a {of_trl.__name__}, which is not supported. {_NO_TEXTS}")
+
+
+def refuse_examples(name: str, examples: Any) -> None:
+    """Preference data, in whoever's trainer.
+
+    Args:
+        name: of the trainer's class.
+        examples: its data set; looked into only if it knows its columns, as those of `datasets` do.
+
+    Raises:
+        ValueError: there are chosen or rejected answers and no `input_ids`.
+    """
+    columns: list[str] = getattr(examples, "column_names", None) or []
+    if "input_ids" not in columns and any("chosen" in column or "rejected" in column for column in columns):
+        raise ValueError(f"{name} got a data set with the columns {columns}, which is not supported. {_NO_TEXTS}")
 
 
 def refuse_settings(name: str, args: Any, accelerator: Any) -> None:

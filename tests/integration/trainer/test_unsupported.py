@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import trl
 from accelerate.parallelism_config import ParallelismConfig
+from datasets import Dataset
 from transformers import Trainer
 
 from carma_kernels.integrations.transformers import CarmaTrainerMixin
@@ -61,6 +62,13 @@ def test_a_trainer_that_makes_its_texts() -> None:
     kind: Any = type("Own", (CarmaTrainerMixin, theirs), {})
     with pytest.raises(ValueError, match="Own is a GKDTrainer, which is not supported"):
         kind("a model")
+
+
+@pytest.mark.parametrize("columns", [("chosen", "rejected"), ("prompt_ids", "chosen_ids"), ("input_ids_rejected",)])
+def test_preference_data_in_a_trainer_of_ones_own(columns: tuple[str, ...], tmp_path: Path) -> None:
+    data = Dataset.from_dict({column: [[1]] for column in columns})
+    with pytest.raises(ValueError, match=f"InOrder got a data set with the columns .*{columns[0]}.*no input_ids"):
+        trainer(tmp_path, train_dataset=data)
 
 
 @pytest.mark.parametrize(
