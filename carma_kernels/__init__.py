@@ -6,9 +6,9 @@ in one pass; `TokenSpans` says which tokens form a word.
 
 from typing import TYPE_CHECKING
 
-from carma_kernels._lazy import importer
+from carma_kernels._lazy import importer, is_command
 
-if TYPE_CHECKING:
+if TYPE_CHECKING or not is_command():
     from carma_kernels._backend import choose as choose_backend
     from carma_kernels.config import CarmaConfig
     from carma_kernels.functional import (

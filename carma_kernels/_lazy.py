@@ -1,10 +1,21 @@
-"""Names of a package that are imported when the first of them is asked for: `--help` does not wait for torch."""
+"""For the commands alone, names that are imported when the first is asked for: `--help` does not wait for torch.
+
+To anybody else `import carma_kernels` brings them at once, and with them what torch is told of, operators and the
+classes that `torch.load` may make.
+"""
 
 from __future__ import annotations
 
 import importlib
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
+
+
+def is_command() -> bool:
+    """Whether Python is about to run `python -m carma_kernels` or `carma-kernels`."""
+    program = (getattr(sys, "argv", None) or [""])[0]  # "-m" as long as Python looks for the module
+    return program == "-m" or Path(program).stem == "carma-kernels"
 
 
 def importer(package: str, places: Mapping[str, str]) -> tuple[Callable[[str], object], Callable[[], list[str]]]:

@@ -118,6 +118,7 @@ class Refuse:
             raise AssertionError(f"{name} is imported")
 
 sys.meta_path.insert(0, Refuse())
+sys.argv = ["/usr/bin/carma-kernels"]
 from carma_kernels.__main__ import main
 sys.exit(main(ARGUMENTS))
 """
