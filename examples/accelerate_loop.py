@@ -39,7 +39,7 @@ for step in itertools.count():
         with accelerator.no_sync(model) if batch is not batches[-1] else contextlib.nullcontext():
             task_loss = model(**batch).loss / len(batches)
 
-            carma = window.carma_loss(tap, spans, config, mask=batch["attention_mask"])  # CARMA
+            carma = window.carma_loss(tap, spans, config)  # CARMA
             loss = ck.total_loss(task_loss, carma.loss, config.carma_weight)  # CARMA
 
             accelerator.backward(loss)

@@ -42,7 +42,7 @@ for step, batch in enumerate(loader):
     task_loss = model(**batch).loss
 
     # CARMA: with group=, the loss of the ranks' batches joined into one
-    carma = tap.carma_loss(spans, config, mask=batch["attention_mask"], group=mesh.get_group())
+    carma = tap.carma_loss(spans, config, group=mesh.get_group())
     loss = ck.total_loss(task_loss, carma.loss, config.carma_weight)  # CARMA
 
     optimizer.zero_grad()

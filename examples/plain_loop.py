@@ -27,7 +27,7 @@ for step, batch in enumerate(loader):
     batch = {name: value.to(device) for name, value in batch.items()}
     task_loss = model(**batch).loss
 
-    carma = tap.carma_loss(spans, config, mask=batch["attention_mask"])  # CARMA
+    carma = tap.carma_loss(spans, config)  # CARMA
     loss = ck.total_loss(task_loss, carma.loss, config.carma_weight)  # CARMA
 
     optimizer.zero_grad()

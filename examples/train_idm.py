@@ -42,7 +42,7 @@ def main() -> None:
         batch = batch.to(device)
         task_loss = F.cross_entropy(word_logits(model, batch), batch.labels)
 
-        carma = tap.carma_loss(batch.spans, config, mask=batch.attention_mask)  # CARMA
+        carma = tap.carma_loss(batch.spans, config)  # CARMA
         loss = ck.total_loss(task_loss, carma.loss, config.carma_weight)  # CARMA
 
         optimizer.zero_grad()

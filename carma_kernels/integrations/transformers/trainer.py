@@ -135,7 +135,7 @@ class CarmaTrainerMixin(_Trainer):
     def _add_to_training_loss(self, task: Tensor, tap: HiddenStateTap, spans: TokenSpans, num_items: Any) -> Tensor:
         window = self._window or CarmaWindow.of([{self._key: spans}], self.accelerator, self._key)
         pairs = self._pairs(spans, self._negatives)
-        carma = window.carma_loss(tap, pairs, self.carma, mask=spans.attention_mask)
+        carma = window.carma_loss(tap, pairs, self.carma)
         # Trainer divides what it gets, unless it takes the task loss to be divided already; the CARMA part always is.
         divisor = self.current_gradient_accumulation_steps if self._divides_loss(num_items) else 1
         self._training_losses.add(
@@ -145,7 +145,7 @@ class CarmaTrainerMixin(_Trainer):
 
     def _add_to_evaluation_loss(self, task: Tensor, tap: HiddenStateTap, spans: TokenSpans, _: Any) -> Tensor:
         pairs = self._pairs(spans, self._evaluation_negatives)
-        carma = tap.carma_loss(pairs, self.carma, mask=spans.attention_mask)
+        carma = tap.carma_loss(pairs, self.carma)
         num_sequences = spans.shape[0]
         self._evaluation_losses.add(
             task=task * num_sequences,
