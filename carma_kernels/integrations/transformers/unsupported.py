@@ -112,6 +112,10 @@ def refuse_unlearned(
             "carma.temperature cannot be learned with a peft model, which freezes all parameters but its adapters' and "
             "leaves them out of checkpoints. Pass a number."
         )
+    if not tau.requires_grad:
+        raise ValueError(
+            "carma.temperature is a parameter that is frozen. Call requires_grad_(True) on it, or pass a number."
+        )
     if not any(parameter is tau for parameter in model.parameters()):
         raise ValueError(
             f"carma.temperature requires a gradient and is no parameter of the {type(model).__name__} that is trained: "
@@ -119,10 +123,6 @@ def refuse_unlearned(
             "model.carma_temperature = nn.Parameter(torch.tensor(0.1)), and pass "
             "CarmaConfig(temperature=model.carma_temperature). A model_init has to register the same parameter with "
             "each model that it makes."
-        )
-    if not tau.requires_grad:
-        raise ValueError(
-            "carma.temperature is a parameter that is frozen. Call requires_grad_(True) on it, or pass a number."
         )
     groups = getattr(optimizer, "param_groups", None)
     if groups is not None and not any(parameter is tau for group in groups for parameter in group["params"]):
