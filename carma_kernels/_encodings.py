@@ -11,6 +11,7 @@ _SPACE = "\u2581"  # SentencePiece's mark on a piece that begins with a space
 class FastEncoding(Protocol):
     """What is read of one `tokenizers.Encoding`: an entry a token."""
 
+    ids: list[int]
     word_ids: list[int | None]
     sequence_ids: list[int | None]
     tokens: list[str]

@@ -20,13 +20,30 @@ def host_array(value: Any, name: str) -> np.ndarray:
                 f"{name} is on {value.device}; spans are built on the host, in the collator, so that training never "
                 f"waits for the device. Pass {name}.cpu(), or build the spans before moving the batch."
             )
-        return (value != 0 if value.is_floating_point() else value).numpy()
+        return (value.detach().double() if value.is_floating_point() else value).numpy()
     return np.asarray(value)
 
 
 def check_size(B: int, T: int) -> None:
     if B * T >= 2**31:
         raise ValueError(f"a batch of {B} x {T} tokens is beyond the 2^31 - 1 that a token index can hold; split it.")
+
+
+def check_input_ids(input_ids: Any, encoded: list[list[int]]) -> None:
+    """Refuse a batch whose tokens, where the host has them, are no longer those that its tokenizer encoded."""
+    if input_ids is None or (isinstance(input_ids, Tensor) and input_ids.device.type != "cpu"):
+        return
+    rows = input_ids.tolist() if isinstance(input_ids, Tensor | np.ndarray) else list(input_ids)
+    rows = [rows] if rows and is_index(rows[0]) else [list(row) for row in rows]  # one text: without a batch
+    if rows == encoded:
+        return
+    end = min(len(rows), len(encoded))
+    b = next((b for b in range(end) if rows[b] != encoded[b]), end)
+    raise ValueError(
+        f"batch['input_ids'] is not what the tokenizer encoded, from row {b} on: it was sorted, cut or replaced, and "
+        "the word ids were not. Build the spans before that, and index them like the batch: spans = "
+        "TokenSpans.from_encoding(batch), then spans[order]."
+    )
 
 
 def word_id_array(word_ids: Any) -> np.ndarray:
@@ -80,6 +97,12 @@ def mask_array(attention_mask: Any, shape: tuple[int, ...]) -> np.ndarray:
         )
     if mask.dtype == object:
         raise TypeError("attention_mask must hold numbers or booleans, 0 for padding, got objects.")
+    if mask.dtype.kind == "f" and (other := (mask != 0) & (mask != 1)).any():
+        b, t = np.unravel_index(other.argmax(), shape)
+        raise ValueError(
+            f"attention_mask holds {mask[b, t]:g} for token {t} of sequence {b}; a mask of floats must hold 0 for "
+            "padding and 1 alone. Pass (mask == 0) for an additive mask of 0 and -inf, (mask != 0) for weights."
+        )
     return np.asarray(mask != 0)
 
 

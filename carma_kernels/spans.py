@@ -19,7 +19,15 @@ from torch import Tensor
 from carma_kernels._encodings import FastEncoding, words_of
 from carma_kernels._ranks import RankTable, anchor_numbers, rank_tables
 from carma_kernels._span_inputs import NO_WORD as NO_WORD
-from carma_kernels._span_inputs import check_size, mask_array, sequence_numbers, span_arrays, word_id_array
+from carma_kernels._span_inputs import (
+    check_input_ids,
+    check_size,
+    is_index,
+    mask_array,
+    sequence_numbers,
+    span_arrays,
+    word_id_array,
+)
 from carma_kernels._tables import Layout, as_numbers, concatenate, contrast_tables
 from carma_kernels.pairs import NO_TOKEN, PairIndex
 
@@ -68,18 +76,25 @@ class TokenSpans:
 
         Args:
             batch: the `BatchEncoding` that a fast tokenizer returned for a list of texts with `padding=`. Word ids and
-                attention masks are read from its host-side encodings; its tensors, wherever they are, are not touched.
+                attention masks are read from its host-side encodings. Its `input_ids` have to be those of the
+                encodings still, which is looked at where they are on the host; tensors on a device are not touched.
 
         Raises:
             TypeError: `batch` does not come from a fast tokenizer.
-            ValueError: the sequences differ in length.
+            ValueError: the sequences differ in length, or `input_ids` was reordered, cut or replaced.
         """
         encodings = getattr(batch, "encodings", None)
+        if not encodings and isinstance(batch, Mapping) and not hasattr(batch, "encodings"):
+            raise TypeError(
+                f"batch must be the BatchEncoding of a fast tokenizer, got {type(batch).__name__} without word ids: a "
+                "copy like dict(batch) or {**batch} leaves them behind. Pass what the tokenizer returned, before it is "
+                "copied, or use TokenSpans.from_word_ids or TokenSpans.from_lists."
+            )
         if not encodings or not all(isinstance(encoding, FastEncoding) for encoding in encodings):
             raise TypeError(
                 f"batch must be the BatchEncoding of a fast tokenizer, got {type(batch).__name__} without word ids. "
-                "Load the tokenizer with use_fast=True, or build the spans with TokenSpans.from_word_ids or "
-                "TokenSpans.from_lists."
+                "Load the tokenizer with use_fast=True and pass what it returns for texts (tokenizer.pad knows no "
+                "words), or use TokenSpans.from_word_ids or TokenSpans.from_lists."
             )
         lengths = {len(encoding.word_ids) for encoding in encodings}
         if len(lengths) > 1:
@@ -88,6 +103,8 @@ class TokenSpans:
                 "model's input. Tokenize with padding=True, or pad the word ids yourself and use "
                 "TokenSpans.from_word_ids."
             )
+        if isinstance(batch, Mapping):
+            check_input_ids(batch.get("input_ids"), [encoding.ids for encoding in encodings])
         return cls.from_word_ids(list(map(words_of, encodings)), [encoding.attention_mask for encoding in encodings])
 
     @classmethod
@@ -99,8 +116,8 @@ class TokenSpans:
         Args:
             word_ids: `[B, T]`, lists or an integer array or CPU tensor. `None` in a list, or any negative number: the
                 token is in no word (a special token, padding).
-            attention_mask: `[B, T]`, zero for padding, on either side; lists, array or CPU tensor. `None`: every token
-                is valid, so padded batches need it.
+            attention_mask: `[B, T]`, zero for padding, on either side; lists, array or CPU tensor, of floats only 0 and
+                1. `None`: every token is valid, so padded batches need it.
 
         Raises:
             TypeError: not integers.
@@ -126,8 +143,9 @@ class TokenSpans:
             TypeError: not pairs of integers.
             ValueError: a span that is empty, out of range, on padding, or that overlaps another one.
         """
-        if not isinstance(seq_len, int) or isinstance(seq_len, bool) or seq_len < 0:
+        if not is_index(seq_len) or seq_len < 0:
             raise ValueError(f"seq_len must be the number of tokens of each sequence, an int >= 0, got {seq_len!r}.")
+        seq_len = int(seq_len)
         if isinstance(spans, str | Mapping) or not isinstance(spans, Sequence):
             raise TypeError(
                 f"spans must be a list with one list of (start, end) for each sequence, got {type(spans).__name__}."

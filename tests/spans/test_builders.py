@@ -51,10 +51,11 @@ def test_from_word_ids(word_ids):
         np.array(EXAMPLE.valid),
         EXAMPLE.mask,
         EXAMPLE.mask.long(),
-        EXAMPLE.mask.float() * 0.5,
+        EXAMPLE.mask.float().requires_grad_(),
         EXAMPLE.mask.bfloat16(),
+        np.array(EXAMPLE.valid, np.float16),
     ],
-    ids=["lists", "ints", "array", "bool", "int64", "fp32", "bf16"],
+    ids=["lists", "ints", "array", "bool", "int64", "fp32", "bf16", "fp16 array"],
 )
 def test_masks(mask):
     assert_is_example(TokenSpans.from_word_ids(EXAMPLE.ids, mask))
@@ -73,6 +74,13 @@ def test_masks(mask):
 )
 def test_from_lists(words):
     assert_is_example(TokenSpans.from_lists(words, seq_len=6, attention_mask=EXAMPLE.valid))
+
+
+@pytest.mark.parametrize("integer", [int, np.int64, np.uint8])
+def test_seq_len_is_any_integer(integer):
+    spans = TokenSpans.from_lists(EXAMPLE_WORDS, seq_len=integer(6), attention_mask=EXAMPLE.valid)
+    assert_is_example(spans)
+    assert type(spans.shape[1]) is int
 
 
 def test_without_a_mask_every_token_is_valid():

@@ -110,6 +110,31 @@ def test_word_ids_of_the_batch_give_the_same(tokenizer):
     assert by_ids.to_lists() == TokenSpans.from_encoding(batch).to_lists()
 
 
+@pytest.mark.parametrize("tensors", [None, "np", "pt"])
+def test_rows_that_were_reordered_are_refused(tokenizer, tensors):
+    """Their words would be those of the other rows."""
+    batch = tokenizer([SHORT, LONG], padding=True, return_tensors=tensors)
+    spans = TokenSpans.from_encoding(batch)
+    batch["input_ids"] = batch["input_ids"][::-1] if tensors != "pt" else batch["input_ids"].flip(0)
+    with pytest.raises(ValueError, match=r"from row 0 on: it was sorted.*spans\[order\]"):
+        TokenSpans.from_encoding(batch)
+    assert words_of(tokenizer, batch, spans[[1, 0]]) == [LONG.split(), SHORT.split()]
+
+
+def test_nothing_is_read_from_a_device(tokenizer):
+    batch = tokenizer([SHORT, LONG], padding=True, return_tensors="pt")
+    assert TokenSpans.from_encoding(batch) == TokenSpans.from_encoding(batch.to("meta"))
+
+
+def test_a_copy_without_encodings_is_not_a_slow_tokenizers(tokenizer):
+    batch = tokenizer([SHORT])
+    for copied in (dict(batch), {**batch}):
+        with pytest.raises(TypeError, match=r"dict\(batch\) or \{\*\*batch\} leaves them behind\. Pass what the token"):
+            TokenSpans.from_encoding(copied)
+    with pytest.raises(TypeError, match=r"use_fast=True .*tokenizer\.pad knows no words"):
+        TokenSpans.from_encoding(tokenizer.pad({"input_ids": [[1, 2]]}))
+
+
 def test_texts_of_different_lengths_are_refused(tokenizer):
     batch = tokenizer([SHORT, LONG])
     lengths = sorted(len(ids) for ids in batch["input_ids"])

@@ -19,11 +19,21 @@ Row = tuple[str, Callable[[], object], type[Exception], str, str, str]
 
 def encoding(num_tokens: int) -> SimpleNamespace:
     ones = [1] * num_tokens
-    return SimpleNamespace(word_ids=ones, sequence_ids=ones, attention_mask=ones, tokens=["a"] * num_tokens)
+    return SimpleNamespace(ids=ones, word_ids=ones, sequence_ids=ones, attention_mask=ones, tokens=["a"] * num_tokens)
 
 
 def from_encodings(*encodings: object) -> TokenSpans:
     return TokenSpans.from_encoding(SimpleNamespace(encodings=list(encodings)))
+
+
+class Encoded(dict[str, Any]):
+    """A `BatchEncoding` of two sequences of three tokens, whose ids are all 1."""
+
+    encodings = (encoding(3), encoding(3))
+
+
+def changed(input_ids: Any) -> TokenSpans:
+    return TokenSpans.from_encoding(Encoded(input_ids=input_ids))
 
 
 def from_lists(*spans: Any, seq_len: Any = 6, mask: Any = None) -> TokenSpans:
@@ -81,7 +91,13 @@ FROM_WORD_IDS: list[Row] = [
     ("2^31 tokens", lambda: ids(zeros(1).expand(2**16, 2**15)), ValueError, "a batch", "65536 x 32768", "split it"),
 ]
 FROM_ENCODING: list[Row] = [
-    ("dict", lambda: TokenSpans.from_encoding({}), TypeError, "batch", "dict", "TokenSpans.from_word_ids"),
+    ("dict", lambda: TokenSpans.from_encoding({}), TypeError, "batch", "dict", "before it is copied"),
+    ("other tokens", lambda: changed(zeros(2, 3)), ValueError, "batch", "from row 0 on", "spans[order]"),
+    ("other row", lambda: changed([[1, 1, 1], (1, 1, 2)]), ValueError, "batch", "from row 1 on", "spans[order]"),
+    ("fewer rows", lambda: changed(np.ones((1, 3))), ValueError, "batch", "from row 1 on", "spans[order]"),
+    ("one text of two", lambda: changed([1, 1, 1]), ValueError, "batch", "from row 1 on", "spans[order]"),
+    ("more rows", lambda: changed(zeros(3, 3) + 1), ValueError, "batch", "from row 2 on", "spans[order]"),
+    ("fewer tokens", lambda: changed([[1, 1]] * 2), ValueError, "batch", "from row 0 on", "Build the spans before"),
     ("no encodings", lambda: from_encodings(), TypeError, "batch", "SimpleNamespace", "TokenSpans.from_word_ids"),
     ("foreign encodings", lambda: from_encodings([1, 2]), TypeError, "batch", "without word ids", "use_fast=True"),
     ("unpadded", lambda: from_encodings(encoding(3), encoding(5)), ValueError, "batch", "3 to 5", "padding=True"),
@@ -99,6 +115,17 @@ MASKS: list[Row] = [
     ("another length", lambda: ids([[0, 0]], [[1] * 3]), ValueError, MASK, "[1, 3]", "must be [B, T]"),
     ("one sequence", lambda: from_lists([], mask=[1] * 6), ValueError, MASK, "[6]", "must be [B, T]"),
     ("ragged", lambda: ids([[0], [0]], [[1], [1, 1]]), ValueError, MASK, "different lengths", "Pad them"),
+    (
+        "additive",
+        lambda: ids([[0]], [[-np.inf]]),
+        ValueError,
+        MASK,
+        "-inf for token 0 of sequence 0",
+        "Pass (mask == 0)",
+    ),
+    ("weights", lambda: ids([[0, 0]], torch.tensor([[1, 0.5]])), ValueError, MASK, "0.5 for token 1", "(mask != 0)"),
+    ("NaN", lambda: ids([[0]], np.full((1, 1), np.nan)), ValueError, MASK, "nan", "0 for padding and 1 alone"),
+    ("bf16", lambda: ids([[0]], zeros(1, 1).bfloat16() - 9), ValueError, MASK, "-9", "0 for padding and 1 alone"),
     ("objects", lambda: ids([[0]], [[None]]), TypeError, MASK, "objects", "must hold numbers"),
     ("elsewhere", lambda: ids([[0]], zeros(1, 1).to("meta")), ValueError, MASK, "on meta", f"Pass {MASK}.cpu()"),
 ]
