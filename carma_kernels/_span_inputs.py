@@ -34,7 +34,7 @@ def check_input_ids(input_ids: Any, encoded: list[list[int]]) -> None:
     if input_ids is None or (isinstance(input_ids, Tensor) and input_ids.device.type != "cpu"):
         return
     rows = input_ids.tolist() if isinstance(input_ids, Tensor | np.ndarray) else list(input_ids)
-    rows = [rows] if rows and is_index(rows[0]) else [list(row) for row in rows]  # one text: without a batch
+    rows = [rows] if not rows or is_index(rows[0]) else [list(row) for row in rows]  # one text: without a batch
     if rows == encoded:
         return
     end = min(len(rows), len(encoded))

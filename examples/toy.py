@@ -31,7 +31,7 @@ def texts() -> list[str]:
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE with 500 pieces, so that many words have several."""
     tokenizer = train_tokenizer(DEFINITIONS, vocab_size=500)
-    tokenizer.eos_token = tokenizer.pad_token
+    tokenizer.eos_token, tokenizer.truncation_side = tokenizer.pad_token, "right"
     return tokenizer
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from carma_kernels.config import CarmaConfig, checked
 from carma_kernels.functional import total_loss
 from carma_kernels.integrations.transformers.blocks import Blocks, find_blocks, given_blocks
-from carma_kernels.integrations.transformers.collator import WORD_IDS, CarmaCollator
+from carma_kernels.integrations.transformers.collator import COLUMNS, CarmaCollator
 from carma_kernels.integrations.transformers.logs import LossSums, named_losses
 from carma_kernels.integrations.transformers.tap import HiddenStateTap
 from carma_kernels.integrations.transformers.unsupported import (
@@ -260,5 +260,4 @@ class CarmaTrainerMixin(_Trainer):
         """The columns that `remove_unused_columns` leaves to the collator."""
         super()._set_signature_columns_if_needed()
         columns: Any = self._signature_columns
-        if WORD_IDS not in columns:
-            columns.append(WORD_IDS)
+        columns += [column for column in COLUMNS if column not in columns]
