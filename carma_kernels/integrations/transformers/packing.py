@@ -53,7 +53,7 @@ def refuse_packed_batch(batch: Mapping[str, Any], valid: Tensor) -> None:
 
 def _count(name: str, value: Any) -> int:
     if name == "seq_lengths":
-        return sum(np.size(lengths) for lengths in value)
+        return sum(np.asarray(lengths).size for lengths in value)
     return len(value) - 1
 
 

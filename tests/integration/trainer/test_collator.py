@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate.utils import send_to_device
@@ -180,15 +181,48 @@ def test_spans_go_where_the_batch_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pinned == [batch["spans"]]
 
 
+PHRASES = [[(0, 3), (4, 6)], [(2, 7)], [], [(1, 2)]]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", COLLATORS)
+def test_ranges_move_with_the_padding(name: str, side: str) -> None:
+    own = on_side(side)
+    chosen = [one | {"word_spans": ranges} for one, ranges in zip(examples(4), PHRASES, strict=True)]
+    batch = CarmaCollator(COLLATORS[name](own))(chosen)
+    assert batch.keys() == COLLATORS[name](own)(examples(4)).keys() | {"spans"}
+    T = batch["input_ids"].shape[1]
+    side_of_padding = "left" if side == "left" and name != "TRL" else "right"
+    starts = [T - len(one["input_ids"]) if side_of_padding == "left" else 0 for one in chosen]
+    expected = [[(s + start, e + start) for s, e in row] for start, row in zip(starts, PHRASES, strict=True)]
+    assert batch["spans"].to_lists() == expected
+    assert any(starts) == (side_of_padding == "left")
+
+
+@pytest.mark.parametrize("as_given", [list, np.array, torch.tensor], ids=["list", "array", "tensor"])
+def test_ranges_are_those_of_the_encoding(as_given: Callable[[Any], Any]) -> None:
+    """The way that the errors show, for every tokenizer."""
+    own = on_side("left")
+    encodings = [own(text, truncation=True, max_length=9) for text in texts(COUNT)]
+    ranges = [TokenSpans.from_encoding(encoding).to_lists()[0] for encoding in encodings]
+    chosen = [{**encoding, "word_spans": as_given(row)} for encoding, row in zip(encodings, ranges, strict=True)]
+    inner = COLLATORS["padding"](own)
+    assert CarmaCollator(inner)(chosen)["spans"] == CarmaCollator(inner)(encodings)["spans"]
+
+
+@pytest.mark.parametrize("column", ["word_ids", "word_spans"])
 @pytest.mark.parametrize("kind", ["list", "datasets"])
-def test_trainer_leaves_the_column_to_the_collator(kind: str, tmp_path: Path) -> None:
+def test_trainer_leaves_the_column_to_the_collator(kind: str, column: str, tmp_path: Path) -> None:
     """And drops the others; here no tokenizer could make good for it."""
-    chosen = [example | {"note": "for people"} for example in with_words(4)]
+    chosen = with_words(4)
+    if column == "word_spans":
+        chosen = [one | {"word_spans": ranges} for one, ranges in zip(examples(4), PHRASES, strict=True)]
     one = trainer(tmp_path)
     one.data_collator.tokenizer = None
-    one.train_dataset = Dataset.from_list(chosen) if kind == "datasets" else chosen
+    noted = [example | {"note": "for people"} for example in chosen]
+    one.train_dataset = Dataset.from_list(noted) if kind == "datasets" else noted
     [batch, _] = one.get_train_dataloader()
-    assert batch["spans"].to_lists() == CarmaCollator(one.data_collator.collator)(with_words(2))["spans"].to_lists()
+    assert batch["spans"] == CarmaCollator(one.data_collator.collator)(chosen[:2])["spans"]
     assert batch.keys() == {"input_ids", "attention_mask", "labels", "spans"}
 
 
@@ -223,6 +257,38 @@ class Slow:
             ValueError,
             "example 0 has 3 tokens and 1 word ids.*Truncate both",
             id="a column of another length",
+        ),
+        pytest.param(
+            lambda: CarmaCollator(list)([{"input_ids": [1, 2], "word_ids": [0, 0], "word_spans": [(0, 2)]}]),
+            ValueError,
+            "example 0 has both columns, 'word_ids' and 'word_spans'.*Drop one",
+            id="two columns",
+        ),
+        pytest.param(
+            lambda: CarmaCollator(list)([{"input_ids": [1, 2, 3], "word_spans": [(0, 2), (2, 5)]}]),
+            ValueError,
+            r"word_spans of example 0, which has 3 tokens: .*holds \(2, 5\).*cut words where the text was truncated",
+            id="ranges beyond a truncated text",
+        ),
+        pytest.param(
+            lambda: CarmaCollator(list)([{"input_ids": [1, 2, 3], "word_spans": [(0, 2), (1, 3)]}]),
+            ValueError,
+            "word_spans of example 0.*overlap at token 1",
+            id="overlapping ranges",
+        ),
+        pytest.param(
+            lambda: CarmaCollator(list)([{"input_ids": [1, 2, 3], "word_spans": [0, 2]}]),
+            TypeError,
+            "word_spans of example 0.*pairs of ints, got 0",
+            id="a range alone",
+        ),
+        pytest.param(
+            lambda: CarmaCollator(lambda _: {"input_ids": torch.zeros(1, 2)})(
+                [{"input_ids": [1, 2, 3], "word_spans": [(0, 2)]}]
+            ),
+            ValueError,
+            "of 2 tokens, is not example 0, of 3.*Truncate before collating",
+            id="ranges and a collator that truncates",
         ),
     ],
 )
