@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "fsdp2.py": TWO_PROCESSES,
     "published_loop.py": (),
     "train_idm.py": (),
+    "entities.py": (),
 }
 OPTIONS = {"train_idm.py": ("--steps", "11")}
 
@@ -50,6 +52,19 @@ def test_recipe(name: str, tmp_path: Path) -> None:
     assert all(0 < value < float("inf") for value in (*task, *mi, *stability))
     assert len(stability) >= 2
     assert not mi or mi[-1] < mi[0]
+
+
+def test_entities_are_those_of_the_characters(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    names = runpy.run_path(str(EXAMPLES / "entities.py"))
+    assert "the first entity, tokens " in capsys.readouterr().out
+    whole = 0
+    for example, text in zip(names["data"], names["texts"](), strict=True):
+        pieces = [names["tokenizer"].decode(example["input_ids"][s:e]).strip() for s, e in example["word_spans"]]
+        entities = [text[start:end] for start, end in names["annotated"](text)]
+        assert pieces == entities[: len(pieces)]
+        whole += len(pieces)
+    assert whole > 100
 
 
 @pytest.mark.parametrize("name", RECIPES)
