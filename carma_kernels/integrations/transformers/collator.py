@@ -81,7 +81,7 @@ class CarmaCollator:
         words = [self._words(number, example) for number, example in enumerate(examples)]
         batch = self.collator([_without_words(example) for example in examples])
         known = [word_ids for word_ids in words if word_ids is not None]
-        spans = _place(known, examples, batch) if len(known) == len(words) else _spans_of_encodings(batch)
+        spans = _place(known, examples, batch) if len(known) == len(words) else _spans_of_encodings(batch, examples)
         refuse_packed_batch(batch, spans.attention_mask)
         return {**batch, self.key: spans}
 
@@ -143,9 +143,14 @@ def _numbered(number: int, example: Mapping[str, Any]) -> _WordIds:
     return word_ids
 
 
-def _spans_of_encodings(batch: Mapping[str, Any]) -> TokenSpans:
+def _spans_of_encodings(batch: Mapping[str, Any], examples: Sequence[Any]) -> TokenSpans:
     if getattr(batch, "encodings", None):
         return TokenSpans.from_encoding(batch)
+    if not any(isinstance(example, Mapping) and "input_ids" in example for example in examples):
+        raise ValueError(
+            "the examples have no 'input_ids', whose words CARMA takes. Preference data (chosen and rejected answers) "
+            "is not supported; a collator that tokenizes texts must return the tokenizer's BatchEncoding."
+        )
     raise ValueError(
         f"the examples have no column {WORD_SPANS!r} or {WORD_IDS!r}, and CarmaCollator has no tokenizer to find their "
         f"words with. Pass CarmaCollator(collator, tokenizer), or tokenize with {_MAKE_COLUMN}; transformers.Trainer "

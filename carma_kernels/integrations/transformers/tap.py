@@ -40,7 +40,7 @@ class HiddenStateTap:
         model: nn.Module,
         layers: tuple[int, int] | None = None,
         *,
-        blocks: Sequence[nn.Module] | None = None,
+        blocks: str | Sequence[nn.Module] | None = None,
         no_grad: bool = False,
         pass_through: bool = True,
     ) -> None:
@@ -50,7 +50,8 @@ class HiddenStateTap:
             model: before or after it is wrapped; but before it first runs compiled.
             layers: `(start, end)`, both included, of the blocks to tap; None for all. A config's `mi_layers` and
                 `stability_layers` count from the first of them.
-            blocks: the model's blocks, for a model in which they are not found.
+            blocks: the model's blocks, for a model in which they are not found: the path of their list
+                ("decoder.block"), or the modules.
             no_grad: capture what runs under `torch.no_grad()` too.
             pass_through: have the backward of `tap.carma_loss` add each layer's gradient to the task's as it passes by,
                 instead of making those of all layers first. It lets go of the hidden states too: read `hidden_states`
@@ -74,11 +75,12 @@ class HiddenStateTap:
         self._passes_through = pass_through
         self._passing: PassThrough | None = None
         self._attached = True
-        self._begun = False  # a forward has begun that has not come to a block yet
+        self._begun = False  # a forward has begun and not ended
         self._capturing = False  # the forward in progress, or the last one
         self._skipped = False  # a forward under no_grad came after what is captured
         self._handles = [
             owner.register_forward_pre_hook(self._begin),
+            owner.register_forward_hook(self._end),
             modules[chosen[0]].register_forward_pre_hook(self._begin_late),
             *(
                 modules[layer].register_forward_hook(capture.keep)
@@ -99,7 +101,7 @@ class HiddenStateTap:
         if len(captured) < len(self._captures) or (self._skipped and not torch.is_grad_enabled()):
             raise RuntimeError(self._why_incomplete())
         for capture in self._captures:
-            capture.check_unchanged()
+            capture.check()
         prefix = self.num_virtual_tokens
         return [states[:, prefix:] for states in captured] if prefix else captured
 
@@ -120,23 +122,23 @@ class HiddenStateTap:
     ) -> CarmaOutput:
         """`carma_kernels.carma_loss` of the hidden states of the last forward, with its arguments."""
         states = self.hidden_states
-        if self.num_virtual_tokens:
-            states = [layer.contiguous() for layer in states]
         if self._passing is not None:
             whole = [capture.states for capture in self._captures if capture.states is not None]
             output = self._passing.carma_loss(whole, self.num_virtual_tokens, spans_or_pairs, config, **options)
             if output is not None:
                 return output
+        if self.num_virtual_tokens:
+            states = [layer.contiguous() for layer in states]
         return carma_loss(states, spans_or_pairs, config, **options)
 
     def clear(self) -> None:
         """Let go of what is captured; the next forward does so itself."""
         for capture in self._captures:
-            capture.states = None
+            capture.clear()
         if self._passing is not None:
             self._passing.forget_captures()  # its backward may be still to come
         self._passing = None
-        self._skipped = False
+        self._skipped = self._begun = False
 
     def remove(self) -> None:
         """Take the hooks off the model and let go of everything."""
@@ -166,7 +168,6 @@ class HiddenStateTap:
         """A forward begins."""
         if not self._attached or _recomputing():  # not attached: a copy of a tapped model
             return
-        self._begun = True
         # asked here rather than at a block: reentrant checkpointing runs the blocks under no_grad
         self._capturing = self.no_grad or torch.is_grad_enabled()
         self._skipped = not self._capturing
@@ -174,12 +175,18 @@ class HiddenStateTap:
             self.clear()
             if self._passes_through and torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 self._passing = PassThrough(self._captures)
+        self._begun = True
+
+    def _end(self, _owner: nn.Module, _inputs: object, _output: object) -> None:
+        """And ends."""
+        if not _recomputing():
+            self._begun = False
 
     def _begin_late(self, block: nn.Module, inputs: object) -> None:
         """The first block runs; if nobody called its owner, as TransformerLens's `run_with_hooks`, a forward begins."""
         if not self._begun:
             self._begin(block, inputs)
-        self._begun = False
+            self._begun = False  # nobody says when it ends
 
     def _why_incomplete(self) -> str:
         missing = [capture.slot for capture in self._captures if capture.states is None]
@@ -219,10 +226,14 @@ class _Capture:
         self.slot = slot
         self.states: Tensor | None = None
         self._version: int | None = None  # of the states as the block returned them, where that is known
+        self._again = False  # the block has run twice
 
     def keep(self, _block: nn.Module, _inputs: object, output: Any) -> Any:
         """The block has run. Nothing is computed here, or reentrant checkpointing would give it no gradient."""
         if not self.tap._capturing or _recomputing():
+            return None
+        if self.states is not None:
+            self._again = True
             return None
         states: Tensor = output if isinstance(output, Tensor) else output[0]
         self.states, self._version = states, None
@@ -235,8 +246,18 @@ class _Capture:
         self.states = states = through.identity(self.slot, states)
         return states if isinstance(output, Tensor) else (states, *output[1:])
 
-    def check_unchanged(self) -> None:
-        """Raise if somebody has written to the states since."""
+    def clear(self) -> None:
+        """Let go of the states; another forward begins."""
+        self.states, self._again = None, False
+
+    def check(self) -> None:
+        """Raise if the states are not all that the block has returned, or not any more."""
+        if self._again:
+            raise RuntimeError(
+                f"the block of layer {self.slot} ran more than once in the last forward, and which of its outputs is "
+                "the layer's is not to be told. Compute the losses with carma_kernels.carma_loss, of a list with all "
+                "of them (output_hidden_states=True, say)."
+            )
         if self.states is not None and self._version is not None and self.states._version != self._version:
             raise RuntimeError(
                 f"the hidden states of layer {self.slot} were changed in place after their block had returned them, by "

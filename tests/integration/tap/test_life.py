@@ -140,7 +140,7 @@ def test_no_trace_after_remove(pass_through: bool, how: str) -> None:
     model = build()
     assert hooks(model) == 0
     with HiddenStateTap(model, pass_through=pass_through) as tap:
-        assert hooks(model) == 2 + LAYERS
+        assert hooks(model) == 3 + LAYERS
         model(**batch())
         states = [weakref.ref(layer) for layer in tap.hidden_states]
         if how != "with":
@@ -256,3 +256,16 @@ def test_states_that_the_next_block_writes_to(pass_through: bool) -> None:
     model(torch.randn(*VALID.shape, 4))
     with pytest.raises(RuntimeError, match="states of layer 0 were changed in place after their block had returned"):
         tap.carma_loss(SPANS)
+
+
+def test_a_block_that_runs_twice(pass_through: bool) -> None:
+    block = nn.Linear(4, 4)
+    model = nn.Sequential(block, nn.ReLU(), block)
+    tap = HiddenStateTap(model, blocks=[block], pass_through=pass_through)
+    for _ in range(2):
+        output = model(torch.randn(*VALID.shape, 4))
+        with pytest.raises(RuntimeError, match="block of layer 0 ran more than once"):
+            tap.carma_loss(SPANS)
+        output.sum().backward()
+    block(torch.randn(*VALID.shape, 4))
+    assert tap.carma_loss(SPANS).loss.isfinite()
