@@ -130,7 +130,7 @@ def _random_pairs(
     pairs = spans.sample_pairs(rng.randint(1, 5), generator, rng.choice((None, num_layers)))
     negatives = pairs.negatives.clone()  # [P, K] or [L, P, K]
     negatives[torch.rand(negatives.shape, generator=generator) < 0.2] = -1
-    return PairIndex(pairs.anchor, pairs.positive, negatives, pairs.shape)
+    return PairIndex(pairs.anchor, pairs.positive, negatives, pairs.shape, pairs.attention_mask)
 
 
 def _options(check: Check, dtype: torch.dtype, case: int, layers: tuple[int, int] | None) -> dict[str, Any]:

@@ -55,7 +55,17 @@ ROOMS = {
     "carma_kernels": Room({"_lazy", *INTERFACE}, set()),
     # in other people's code
     "integrations": Room(
-        {"_by_layer", "_encodings", "_terms", "_validate", "carma_kernels", "distributed", "eager", *INTERFACE},
+        {
+            "_by_layer",
+            "_encodings",
+            "_span_inputs",
+            "_terms",
+            "_validate",
+            "carma_kernels",
+            "distributed",
+            "eager",
+            *INTERFACE,
+        },
         {"numpy", "torch", "transformers"},
     ),
     # the commands

@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from carma_kernels._encodings import words_of
+from carma_kernels._span_inputs import check_input_ids
 from carma_kernels.integrations.transformers.packing import TURN_PACKING_OFF, refuse_packed_batch, refuse_packed_example
 from carma_kernels.integrations.transformers.spelling import UnknownWordsError
 from carma_kernels.integrations.transformers.words import WordReader
@@ -62,7 +63,7 @@ class CarmaCollator:
     collator: Callable[[list[Any]], Mapping[str, Any]]
     tokenizer: Any = None
     key: str = "spans"
-    _reader: tuple[int, WordReader] | None = field(default=None, init=False, repr=False, compare=False)
+    _reader: tuple[tuple[int, str], WordReader] | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Check the tokenizer."""
@@ -100,6 +101,7 @@ class CarmaCollator:
         if WORD_IDS in example:
             return list(example[WORD_IDS])
         if encodings := getattr(example, "encodings", None):
+            check_input_ids(example["input_ids"], [encodings[0].ids])
             return words_of(encodings[0])
         return None if self.tokenizer is None else self._read_words(number, example)
 
@@ -109,8 +111,9 @@ class CarmaCollator:
         places = np.flatnonzero(_mask_of(example)).tolist()
         read: _WordIds = [None] * len(token_ids)
         try:
-            if self._reader is None or self._reader[0] != len(self.tokenizer):  # tokens may have been added
-                self._reader = len(self.tokenizer), WordReader(self.tokenizer)
+            state = len(self.tokenizer), self.tokenizer.truncation_side  # which users change
+            if self._reader is None or self._reader[0] != state:
+                self._reader = state, WordReader(self.tokenizer)
             words = self._reader[1]([token_ids[place] for place in places])
         except UnknownWordsError as error:
             raise ValueError(

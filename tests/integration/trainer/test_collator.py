@@ -156,6 +156,23 @@ def test_tokenizer_that_holds_a_text_for_one_word() -> None:
         assert any(end - start > 1 for start, end in words)
 
 
+def test_tokens_that_are_added_later() -> None:
+    own = on_side("right")
+    collator = CarmaCollator(COLLATORS["padding"](own), own)
+    assert collator([{"input_ids": own("a cat")["input_ids"]}])["spans"].num_pairs
+    own.add_tokens(["beekeeper"])
+    ids = own("a beekeepers cat")["input_ids"]
+    assert collator([{"input_ids": ids}])["spans"] == TokenSpans.from_encoding(own(["a beekeepers cat"]))
+
+
+def test_encodings_of_other_tokens_are_refused() -> None:
+    own = on_side("right")
+    example = own("unquestionably a cat")
+    example["input_ids"] = example["input_ids"][::-1]
+    with pytest.raises(ValueError, match="is not what the tokenizer encoded"):
+        CarmaCollator(COLLATORS["padding"](own))([example])
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_data_loader_with_workers(workers: int) -> None:
     collator = CarmaCollator(COLLATORS["padding"](on_side("right")), on_side("right"))
