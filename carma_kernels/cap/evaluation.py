@@ -94,8 +94,9 @@ def load_checkpoint(folder: Path, device: torch.device) -> Checkpoint:
             "tokenizer.save_pretrained have written, as `python -m carma_kernels demo` makes them."
         )
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype="auto")
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        its_own = {"local_files_only": True, "trust_remote_code": False}  # nor ask whether to run a folder's code
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **its_own)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **its_own)
     except Exception as error:  # of transformers, safetensors, tokenizers, and of code that comes with a model
         raise CheckpointError(f"{folder} cannot be loaded: {error}") from error
     if not tokenizer.is_fast:

@@ -213,6 +213,19 @@ def test_one_checkpoint_of_another_family(demo: Path, data: Path, tmp_path):
     )
 
 
+def test_code_that_comes_with_a_checkpoint_is_not_run_nor_asked_about(tmp_path, data: Path, monkeypatch, capsys):
+    asked: list[Any] = []
+    monkeypatch.setattr("builtins.input", lambda *_: asked.append(_) or "n")
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    auto_map = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "unheard-of", "auto_map": auto_map}))
+    (folder / "code.py").write_text("raise AssertionError('run')")
+    assert evaluate("--carma", folder, "--data", data) == 2
+    assert "cannot be loaded" in capsys.readouterr().err
+    assert not asked
+
+
 def test_no_checkpoint_at_all(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert evaluate() == 2
