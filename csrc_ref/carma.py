@@ -89,7 +89,7 @@ def carma_loss(
         num_pairs=num_pairs,
     )  # [L]
     if mask is None:
-        mask = spans_or_pairs.attention_mask
+        mask = getattr(spans_or_pairs, "attention_mask", None)  # pairs may come without, of a batch without padding
     elif isinstance(mask, str):
         check_option("mask", mask, ("all",))
         mask = None

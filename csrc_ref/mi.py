@@ -49,10 +49,6 @@ class Pairs(Protocol):
     def negatives(self) -> Tensor:
         """`[P, K]`, or `[L, P, K]` with one draw for each layer in the loss; -1 for a slot that holds no token."""
 
-    @property
-    def attention_mask(self) -> Tensor | None:
-        """`[B, T]` bool, True for a valid token; None if every token is."""
-
 
 class Pair(NamedTuple):
     """Flat token indices `b*T + t`."""
