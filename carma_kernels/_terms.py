@@ -45,6 +45,7 @@ class StabilityTerm:
     layers: range
     mask: Tensor | None  # [B, T] bool
     eps: float
+    is_padded: bool = True  # the mask may leave tokens out, as far as the host knows
 
 
 ZERO_NORM = 1e-8

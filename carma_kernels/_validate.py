@@ -242,11 +242,7 @@ def stability_mask(value: Any, spans_or_pairs: TokenSpans | PairIndex, first: Te
     if isinstance(value, str):
         option(value, ("all",), "mask")
         return None
-    if value is not None:
-        return mask(value, first)
-    if isinstance(spans_or_pairs, TokenSpans) and not spans_or_pairs.is_padded:
-        return None
-    return spans_or_pairs.attention_mask
+    return spans_or_pairs.attention_mask if value is None else mask(value, first)
 
 
 def pairs(value: Any, first: Tensor, num_layers: int) -> TokenSpans | PairIndex:

@@ -239,7 +239,8 @@ def carma_loss_by(
     match = _validate.match_negatives(config.match_negatives, spans_or_pairs)
     pairs = _validate.pairs(spans_or_pairs, first, len(mi_layers))
     valid = _validate.stability_mask(mask, pairs, first)
-    stability_term = StabilityTerm(stability_layers, valid, config.eps)
+    is_padded = mask is not None or not isinstance(pairs, TokenSpans) or pairs.is_padded
+    stability_term = StabilityTerm(stability_layers, valid, config.eps, is_padded)
     count = _divisor(num_pairs, pairs.num_pairs, "mean", first.device, group)
     backend = choose(first.device)
     if group is not None and negatives == "batch":  # two passes, since the losses are over different batches

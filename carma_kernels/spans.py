@@ -412,7 +412,7 @@ class TokenSpans:
         rank = outside + torch.where(inside, length[:, None], 0) + valid_before_sequence[:, None]  # among all valid
         token = torch.searchsorted(seen, rank + 1)  # the first token that is the (rank + 1)-th valid one
         negatives = torch.where(num_negatives[:, None] > 0, token, NO_TOKEN)
-        mask = self.attention_mask.clone() if self.is_padded else None  # a view would take all tables into a file
+        mask = self.attention_mask.clone()  # a view would take all tables into a file
         return PairIndex(anchor.int(), positive.int(), negatives.int(), self.shape, mask)
 
     def _pair_columns(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -7,6 +7,7 @@ checkpointing sees them by name.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -48,7 +49,7 @@ def carma_terms(
         layer of `stability.layers` with the next, `[len(stability.layers) - 1]`; fp32 (fp64 for fp64 inputs). Empty for
         a term that is None. Both are connected to every layer and, where it is a tensor, to the temperature.
     """
-    sums, terms, *_ = _forward(*carma_arguments(hidden, mi, stability, group, _tables))
+    sums, terms, *_ = _forward(*_arguments(hidden, mi, stability, group))
     return sums, terms
 
 
@@ -56,7 +57,15 @@ def carma_terms_and_gradients(
     hidden: Sequence[Tensor], mi: MITerm | None, stability: StabilityTerm | None, group: str | None = None
 ) -> tuple[Tensor, Tensor, Gradients]:
     """The same of L times `[B, T, D]`, connected to nothing, and what makes the gradients of some of the layers."""
-    return terms_and_gradients(_forward, _backward, carma_arguments(hidden, mi, stability, group, _tables))
+    return terms_and_gradients(_forward, _backward, _arguments(hidden, mi, stability, group))
+
+
+def _arguments(
+    hidden: Tensor | Sequence[Tensor], mi: MITerm | None, stability: StabilityTerm | None, group: str | None
+) -> CarmaArguments:
+    if stability is not None and not stability.is_padded:
+        stability = replace(stability, mask=None)  # which costs operations
+    return carma_arguments(hidden, mi, stability, group, _tables)
 
 
 def _tables(table: ContrastTable) -> list[Tensor]:

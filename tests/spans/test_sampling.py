@@ -36,9 +36,8 @@ def test_any_batch(batch: Batch, k: int, num_layers: int | None, seed: int):
     pairs = batch.spans.sample_pairs(k, generator(seed), num_layers)
     expected = candidates(batch)
     assert pairs.shape == batch.shape
-    assert (pairs.attention_mask is None) == bool(batch.mask.all())
-    if pairs.attention_mask is not None:
-        assert torch.equal(pairs.attention_mask, batch.mask)
+    assert pairs.attention_mask is not None
+    assert torch.equal(pairs.attention_mask, batch.mask)
     assert pairs.num_pairs == batch.spans.num_pairs == len(expected)
     assert pairs.negatives.shape == (() if num_layers is None else (num_layers,)) + (len(expected), k)
     assert {pairs.anchor.dtype, pairs.positive.dtype, pairs.negatives.dtype} == {torch.int32}
