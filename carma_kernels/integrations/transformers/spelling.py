@@ -70,7 +70,8 @@ class Spelling:
         self._split = backend.pre_tokenizer.pre_tokenize_str
         self._tokenize = backend.model.tokenize
         self._beginnings = _BEFORE + _APOSTROPHE if cuts_left else _BEFORE
-        self._answers: dict[tuple[tuple[str, ...], bool, bool], frozenset[int]] = {}
+        # how texts begin and end: many do alike
+        self._sure_cuts = lru_cache(maxsize=4096)(self._find_sure_cuts)
 
     def __call__(self, tokens: list[str]) -> list[bool]:
         """For the tokens of one text, or of a part of it.
@@ -86,14 +87,13 @@ class Spelling:
         first = next((place for place in blanks[1:] if text.begins[place] >= _WINDOW), None)
         last = next((place for place in reversed(blanks) if text.begins[place] <= text.size - _WINDOW), None)
         if first is None or last is None or last < first:
-            cuts = set(self._sure_cuts(text))
+            cuts = set(self._sure_cuts(tuple(tokens)))
         else:
             begin, end = text.begins[first], text.begins[last]
-            left, right = _Text(tokens[:first]), _Text(tokens[last:])
-            at_left = self._sure_cuts(left, goes_on=True)
+            at_left = self._sure_cuts(tuple(tokens[:first]), goes_on=True)
             if max(at_left) != max(at for at in cuts if at < begin):
                 raise UnknownWordsError("what stood before them decides on the words of too many tokens")
-            at_right = {end + at for at in self._sure_cuts(right, follows=True)}
+            at_right = {end + at for at in self._sure_cuts(tuple(tokens[last:]), follows=True)}
             cuts = {*at_left} | {at for at in cuts if begin <= at <= end} | at_right
         if not cuts <= set(text.begins):
             raise UnknownWordsError("a token reaches from one word into the next")
@@ -103,16 +103,11 @@ class Spelling:
         words = self._words(text, text.before[0] if text.before else "", text.after[0] if text.after else "")
         return {begin for begin, _, _ in words if 0 < begin < text.size}
 
-    def _sure_cuts(self, text: _Text, follows: bool = False, goes_on: bool = False) -> frozenset[int]:
+    def _find_sure_cuts(self, tokens: tuple[str, ...], follows: bool = False, goes_on: bool = False) -> frozenset[int]:
         """Where the text is cut into words whatever stands beside it; a text that follows or goes on is whole there."""
-        key = (tuple(text.tokens), follows, goes_on)
-        if key not in self._answers:
-            before = ("",) if follows else text.before or self._beginnings
-            after = ("",) if goes_on else text.after or _AFTER + _ENDINGS
-            self._answers[key] = self._answer(text, before, after)
-        return self._answers[key]
-
-    def _answer(self, text: _Text, before: Sequence[str], after: Sequence[str]) -> frozenset[int]:
+        text = _Text(tokens)
+        before = ("",) if follows else text.before or self._beginnings
+        after = ("",) if goes_on else text.after or _AFTER + _ENDINGS
         possible = {one: cuts for one in before if (cuts := self._cuts(text, one, after[0])) is not None}
         if not possible:
             raise UnknownWordsError("a token reaches from one word into the next")
@@ -159,7 +154,7 @@ class Spelling:
 class _Text:
     """What the bytes of tokens spell; `before` and `after` are the characters that one cut at an end may have been."""
 
-    def __init__(self, tokens: list[str]) -> None:
+    def __init__(self, tokens: Sequence[str]) -> None:
         self.tokens = tokens
         self.begins = [0, *accumulate(map(len, tokens))][:-1]
         self.begins_set = set(self.begins)
