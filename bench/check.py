@@ -130,7 +130,7 @@ def oracle(case: Case, semantics: str) -> Loss:
 
     def loss(hidden_states: Sequence[Tensor]) -> Tensor:
         pairs = draw_pairs(case) if semantics == "published" else WordLists(case.spans, case.attention_mask)
-        return csrc_ref.carma_loss(hidden_states, pairs).loss
+        return csrc_ref.carma_loss(hidden_states, pairs, mask="all").loss
 
     return loss
 

@@ -116,7 +116,8 @@ def _inf_cl(case: Case) -> Loss:
 def _carma_loss(backend: str) -> Callable[[Case], Loss]:
     def prepare(case: Case) -> Loss:
         spans = _token_spans(case)
-        return lambda hidden_states: ck.carma_loss(hidden_states, spans, backend=backend).loss
+        # over all tokens, padding included, as the others
+        return lambda hidden_states: ck.carma_loss(hidden_states, spans, mask="all", backend=backend).loss
 
     return prepare
 

@@ -110,7 +110,7 @@ class Step:
             )
             loss = output.loss
             if losses != "none":
-                carma = tap.carma_loss(self.spans, CONFIG).loss if tapped else self._carma(losses, output)
+                carma = tap.carma_loss(self.spans, CONFIG, mask="all").loss if tapped else self._carma(losses, output)
                 loss = ck.total_loss(loss, carma, CONFIG.carma_weight)
             loss.backward()
         self.optimizer.step()
@@ -122,7 +122,7 @@ class Step:
             return published.carma_loss(hidden_states, self.words)
         if losses == "eager Gram":
             return vectorised.exact_carma_loss(hidden_states, self.anchors)
-        return ck.carma_loss(hidden_states, self.spans, CONFIG).loss
+        return ck.carma_loss(hidden_states, self.spans, CONFIG, mask="all").loss
 
 
 LOSSES = ("none", "published loops", "eager Gram", "carma_loss", "tap", "pass-through")
