@@ -100,7 +100,7 @@ class _Loss:
         config: CarmaConfig,
         options: dict[str, Any],
     ) -> None:
-        own = [layer.detach()[:, prefix:].contiguous() for layer in states]  # [B, T, D] each
+        own = [without_prefix(layer.detach(), prefix) for layer in states]  # [B, T, D] each
         self._by_layer: LossByLayer | None = LossByLayer(own, pairs, config, **options)
         self.output = self._by_layer.output
         self._prefix = prefix
@@ -162,6 +162,11 @@ class _Loss:
                 self._states[done] = None
         if not self._waiting:
             self._by_layer = None
+
+
+def without_prefix(states: Tensor, prefix: int) -> Tensor:
+    """`[B, T, D]` of `[B, prefix + T, D]`: the states as they are, or a copy of the rest, which kernels can read."""
+    return states[:, prefix:].contiguous() if prefix else states
 
 
 def _graph_is_kept() -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from carma_kernels import CarmaConfig, CarmaOutput, PairIndex, TokenSpans, carma_loss
 from carma_kernels._validate import layer_range
 from carma_kernels.integrations.transformers.blocks import find_blocks, given_blocks, ran_compiled
-from carma_kernels.integrations.transformers.pass_through import PassThrough
+from carma_kernels.integrations.transformers.pass_through import PassThrough, without_prefix
 
 
 class HiddenStateTap:
@@ -97,13 +97,8 @@ class HiddenStateTap:
         Raises:
             RuntimeError: nothing was captured, or not by every block.
         """
-        captured = [capture.states for capture in self._captures if capture.states is not None]
-        if len(captured) < len(self._captures) or (self._skipped and not torch.is_grad_enabled()):
-            raise RuntimeError(self._why_incomplete())
-        for capture in self._captures:
-            capture.check()
         prefix = self.num_virtual_tokens
-        return [states[:, prefix:] for states in captured] if prefix else captured
+        return [states[:, prefix:] if prefix else states for states in self._captured()]
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -121,15 +116,12 @@ class HiddenStateTap:
         **options: Any,
     ) -> CarmaOutput:
         """`carma_kernels.carma_loss` of the hidden states of the last forward, with its arguments."""
-        states = self.hidden_states
+        states, prefix = self._captured(), self.num_virtual_tokens
         if self._passing is not None:
-            whole = [capture.states for capture in self._captures if capture.states is not None]
-            output = self._passing.carma_loss(whole, self.num_virtual_tokens, spans_or_pairs, config, **options)
+            output = self._passing.carma_loss(states, prefix, spans_or_pairs, config, **options)
             if output is not None:
                 return output
-        if self.num_virtual_tokens:
-            states = [layer.contiguous() for layer in states]
-        return carma_loss(states, spans_or_pairs, config, **options)
+        return carma_loss([without_prefix(layer, prefix) for layer in states], spans_or_pairs, config, **options)
 
     def clear(self) -> None:
         """Let go of what is captured; the next forward does so itself."""
@@ -187,6 +179,15 @@ class HiddenStateTap:
         if not self._begun:
             self._begin(block, inputs)
             self._begun = False  # nobody says when it ends
+
+    def _captured(self) -> list[Tensor]:
+        """What the blocks returned, L times `[B, prefix + T, D]`, virtual tokens included; or raise."""
+        captured = [capture.states for capture in self._captures if capture.states is not None]
+        if len(captured) < len(self._captures) or (self._skipped and not torch.is_grad_enabled()):
+            raise RuntimeError(self._why_incomplete())
+        for capture in self._captures:
+            capture.check()
+        return captured
 
     def _why_incomplete(self) -> str:
         missing = [capture.slot for capture in self._captures if capture.states is None]

@@ -258,6 +258,30 @@ def test_states_that_the_next_block_writes_to(pass_through: bool) -> None:
         tap.carma_loss(SPANS)
 
 
+def test_states_that_are_not_contiguous_are_not_copied(pass_through: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backend gets what the block returned, and reads it as it is, or says that it cannot."""
+
+    class Transposed(nn.Module):
+        def forward(self, states: Tensor) -> Tensor:
+            return (2 * states.transpose(0, 1).contiguous()).transpose(0, 1)
+
+    seen: list[int] = []
+
+    def look(hidden: list[Tensor], *_: object) -> None:
+        seen.extend(layer.data_ptr() for layer in hidden)
+        raise InterruptedError
+
+    for name in ("carma_terms", "carma_terms_and_gradients"):
+        monkeypatch.setattr(ck._backend.eager, name, look)
+    model = nn.Sequential(nn.Linear(4, 4), Transposed(), Transposed())
+    tap = HiddenStateTap(model, blocks=[*model[1:]], pass_through=pass_through)
+    model(torch.randn(*VALID.shape, 4))
+    assert not tap.hidden_states[0].is_contiguous()
+    with pytest.raises(InterruptedError):
+        tap.carma_loss(SPANS)
+    assert seen == [layer.data_ptr() for layer in tap.hidden_states]
+
+
 def test_a_block_that_runs_twice(pass_through: bool) -> None:
     block = nn.Linear(4, 4)
     model = nn.Sequential(block, nn.ReLU(), block)
