@@ -228,7 +228,10 @@ def _derivative(score, rows, keys, inverse_temperature, BOUNDED: tl.constexpr, P
     "first_anchor",
     "first_key",
     "anchor_blocks",
+    "grad_sums_stride",
+    "mi_factor",
     "grad_losses_stride",
+    "stability_factor",
     "stability_start",
     "num_steps",
     "S",
@@ -242,15 +245,18 @@ def _mi_gradient_kernel(
     size_ptr,  # [S, 2]
     inverse_norm_ptr,  # [layers, S, N]
     inverse_temperature_ptr,  # 0-d
-    grad_sum_ptr,  # [layers] upstream
+    grad_sums_ptr,  # [layers] upstream of the MI loss, with a stride; 0-d with one of 0
+    grad_sums_stride,
+    mi_factor,  # of what is upstream
     range_scale_ptr,  # [layers]
     weight_ptr,  # as in _mi_weights_kernel, and so on
     row_sum_ptr,
     column_sum_ptr,
     losses_ptr,  # [num_steps] of the stability loss
     scale_ptr,  # [num_steps]
-    grad_losses_ptr,  # [num_steps] upstream of the stability loss, with a stride
+    grad_losses_ptr,  # [num_steps] upstream of the stability loss, likewise
     grad_losses_stride,
+    stability_factor,
     stability_start,  # first layer of the stability loss
     num_steps,
     stencil_mask_ptr,  # [S, N] uint8
@@ -346,7 +352,7 @@ def _mi_gradient_kernel(
 
     token = tl.load(token_ptr + tl.minimum(rank, N - 1))
     state = first_state + pid64(2)
-    factor = tl.load(grad_sum_ptr + state) * tl.load(inverse_temperature_ptr)
+    factor = mi_factor * tl.load(grad_sums_ptr + state * grad_sums_stride) * tl.load(inverse_temperature_ptr)
     if RESCALE:
         factor /= tl.load(range_scale_ptr + state)
     if COSINE:
@@ -361,9 +367,8 @@ def _mi_gradient_kernel(
         if HAS_MASK:
             in_stability &= tl.load(stencil_mask_ptr + group * N + token) != 0
         is_read |= in_stability
-        weights = stencil_weights(
-            losses_ptr, scale_ptr, grad_losses_ptr, grad_losses_stride, layer, stability_start, num_steps
-        )
+        upstream = (grad_losses_ptr, grad_losses_stride, stability_factor)
+        weights = stencil_weights(losses_ptr, scale_ptr, upstream, layer, stability_start, num_steps)
     rows = (is_own, is_read, is_key, in_stability, projection, token[:, None].to(tl.int64) * D + group_start)
     layers = (hidden_table, out_table, layer)
     _write_rows(

@@ -106,7 +106,18 @@ def _pairs_forward_kernel(
     tl.store(summary_ptr + row * 2 + 1, work)
 
 
-@kernel("grad_losses_stride", "stability_start", "num_steps", "first_layer", "num_slots", "num_edges", "stride_start_l")
+@kernel(
+    "grad_sums_stride",
+    "mi_factor",
+    "grad_losses_stride",
+    "stability_factor",
+    "stability_start",
+    "num_steps",
+    "first_layer",
+    "num_slots",
+    "num_edges",
+    "stride_start_l",
+)
 def _pairs_backward_kernel(
     hidden_table,  # [L] addresses of [N, D]
     out_table,  # [L] addresses of [N, D], 0 for no gradient
@@ -117,11 +128,14 @@ def _pairs_backward_kernel(
     summary_ptr,  # [L, P, 2]
     inverse_norm_ptr,  # [L, N]
     inverse_temperature_ptr,  # 0-d
-    grad_ptr,  # [L]
+    grad_sums_ptr,  # [L] upstream of the MI loss, with a stride; 0-d with one of 0
+    grad_sums_stride,
+    mi_factor,  # of what is upstream
     losses_ptr,  # [num_steps] of the stability loss
     scale_ptr,  # [num_steps]
-    grad_losses_ptr,  # [num_steps] upstream of the stability loss, with a stride
+    grad_losses_ptr,  # [num_steps] upstream of the stability loss, likewise
     grad_losses_stride,
+    stability_factor,
     stability_start,  # first layer of the stability loss
     num_steps,
     stability_mask_ptr,  # [N] uint8
@@ -170,14 +184,13 @@ def _pairs_backward_kernel(
         has_edges = start < stop  # padding and foreign tokens are not read
         r = tl.load(inverse_norm_ptr + token, mask=has_edges, other=0.0)
         x = r * (x - work * r * load_rows(hidden_ptr, offset, mask_if(in_row, has_edges)))
-    x *= tl.load(grad_ptr + place)
+    x *= mi_factor * tl.load(grad_sums_ptr + place * grad_sums_stride)
     if HAS_STENCIL:
         takes_part = True
         if HAS_MASK:
             takes_part = tl.load(stability_mask_ptr + token) != 0
-        before, after, own = stencil_weights(
-            losses_ptr, scale_ptr, grad_losses_ptr, grad_losses_stride, layer, stability_start, num_steps
-        )
+        upstream = (grad_losses_ptr, grad_losses_stride, stability_factor)
+        before, after, own = stencil_weights(losses_ptr, scale_ptr, upstream, layer, stability_start, num_steps)
         mask = mask_if(in_row, takes_part)
         h = load_rows(hidden_ptr, offset, mask)
         x += stencil(h, hidden_table, layer, offset, mask, before, after, own, DTYPE, ALIGNMENT)

@@ -196,7 +196,17 @@ def _derivative(score, relations, row_state, token_state):
     return tl.where(positive, -sigma, weight)
 
 
-@kernel("N", "mi_start", "num_mi", "stability_start", "num_steps", "grad_losses_stride")
+@kernel(
+    "N",
+    "mi_start",
+    "num_mi",
+    "stability_start",
+    "num_steps",
+    "grad_sums_stride",
+    "mi_factor",
+    "grad_losses_stride",
+    "stability_factor",
+)
 def _short_backward_kernel(
     hidden_table,  # [L] of [S, N, D]
     out_table,  # [L] of [S, N, D], 0 for a layer without gradient
@@ -205,11 +215,14 @@ def _short_backward_kernel(
     inverse_temperature_ptr,  # 0-d
     inverse_norms_ptr,  # [num_mi, S, N]
     state_ptr,  # [num_mi, 2, S, N]
-    grad_sums_ptr,  # [num_mi] upstream of the MI loss
+    grad_sums_ptr,  # [num_mi] upstream of the MI loss, with a stride; 0-d with one of 0
+    grad_sums_stride,
+    mi_factor,  # of what is upstream
     losses_ptr,  # [num_steps]
     scale_ptr,  # [num_steps]
-    grad_losses_ptr,  # [num_steps] upstream of the stability loss, with a stride
+    grad_losses_ptr,  # [num_steps] upstream of the stability loss, likewise
     grad_losses_stride,
+    stability_factor,
     N,
     D,
     mi_start,
@@ -269,7 +282,8 @@ def _short_backward_kernel(
         score *= row_inverse[:, None] * inverse[None, :]
     weight = _derivative(score, _relations(row, row_word, token, word), row_state, token_state)  # M
 
-    factor = tl.load(grad_sums_ptr + mi_layer, mask=in_mi, other=0.0) * inverse_temperature
+    factor = mi_factor * tl.load(grad_sums_ptr + mi_layer * grad_sums_stride, mask=in_mi, other=0.0)
+    factor *= inverse_temperature
     row_factor = tl.where(in_loss, factor, 0.0)
     if COSINE:
         weight *= inverse[None, :]
@@ -286,10 +300,9 @@ def _short_backward_kernel(
 
     if STABILITY:
         step = layer - stability_start
-        before, pull_before = step_weights(
-            losses_ptr, scale_ptr, grad_losses_ptr, grad_losses_stride, step - 1, num_steps
-        )
-        after, pull_after = step_weights(losses_ptr, scale_ptr, grad_losses_ptr, grad_losses_stride, step, num_steps)
+        upstream = (grad_losses_ptr, grad_losses_stride, stability_factor)
+        before, pull_before = step_weights(losses_ptr, scale_ptr, upstream, step - 1, num_steps)
+        after, pull_after = step_weights(losses_ptr, scale_ptr, upstream, step, num_steps)
         previous, following = neighbours(hidden_table, layer, before, after, DTYPE, ALIGNMENT)
         previous += group_offset
         following += group_offset

@@ -114,37 +114,40 @@ def _finalize_kernel(
 
 
 @triton.jit
-def step_weights(losses_ptr, scale_ptr, grad_ptr, grad_stride, step, num_steps):
+def step_weights(losses_ptr, scale_ptr, upstream, step, num_steps):
     """`k_l` and `k_l r_l` of a step, both times the upstream gradient; 0 for a step that the loss does not have."""
+    grad_ptr, grad_stride, factor = upstream
     exists = (step >= 0) & (step < num_steps)
-    upstream = tl.load(grad_ptr + step * grad_stride, mask=exists, other=0.0)
-    weight = upstream * tl.load(scale_ptr + step, mask=exists, other=0.0)
+    weight = factor * tl.load(grad_ptr + step * grad_stride, mask=exists, other=0.0)
+    weight *= tl.load(scale_ptr + step, mask=exists, other=0.0)
     return weight, weight * tl.load(losses_ptr + step, mask=exists, other=0.0)
 
 
 @triton.jit
-def stencil_weights(losses_ptr, scale_ptr, grad_ptr, grad_stride, layer, start, num_steps):
+def stencil_weights(losses_ptr, scale_ptr, upstream, layer, start, num_steps):
     """A layer's `k_{l-1}`, `k_l` and `-(k_{l-1} r_{l-1} + k_l r_l)`, times upstream, for `tiles.stencil`.
 
     Args:
-        losses_ptr, scale_ptr, grad_ptr: `[num_steps]`, the last with a stride.
+        losses_ptr, scale_ptr: `[num_steps]`.
+        upstream: the pointer to a number for each step, their stride, and what they are multiplied by.
         layer: its number among all.
         start: of the loss's layers.
     """
-    before, pull_before = step_weights(losses_ptr, scale_ptr, grad_ptr, grad_stride, layer - start - 1, num_steps)
-    after, pull_after = step_weights(losses_ptr, scale_ptr, grad_ptr, grad_stride, layer - start, num_steps)
+    before, pull_before = step_weights(losses_ptr, scale_ptr, upstream, layer - start - 1, num_steps)
+    after, pull_after = step_weights(losses_ptr, scale_ptr, upstream, layer - start, num_steps)
     return before, after, -(pull_before + pull_after)
 
 
-@kernel("start", "num_steps", "grad_stride", "skip_start", "skip_stop", "L", "N")
+@kernel("start", "num_steps", "grad_losses_stride", "stability_factor", "skip_start", "skip_stop", "L", "N")
 def _stability_backward_kernel(
     hidden_table,  # [L] of [N, D]
     out_table,  # [L] of [N, D], 0 for a layer without gradient
     mask_ptr,  # [N] uint8
     losses_ptr,  # [num_steps]
     scale_ptr,  # [num_steps]
-    grad_ptr,  # [num_steps] upstream, with a stride
-    grad_stride,
+    grad_losses_ptr,  # [num_steps] upstream, with a stride; 0-d with one of 0
+    grad_losses_stride,
+    stability_factor,  # of what is upstream
     start,  # the loss's first layer
     num_steps,
     skip_start,  # layers from here
@@ -170,6 +173,7 @@ def _stability_backward_kernel(
     reads = takes_part[:, None] & (column < D)[None, :]
     offset = row[:, None] * D + column[None, :]  # [BLOCK_ROWS, BLOCK_D]
 
+    upstream = (grad_losses_ptr, grad_losses_stride, stability_factor)
     # rolling through the layers: h_l, h_l - h_{l-1}, and the weights of the step between them
     first = layer_pointer(hidden_table, start, DTYPE, ALIGNMENT)
     x = load_rows(first, offset, mask_if(reads, num_steps > 0))
@@ -178,7 +182,7 @@ def _stability_backward_kernel(
     pull_before = 0.0
     for layer in tl.range(0, L):
         step = layer - start
-        after, pull_after = step_weights(losses_ptr, scale_ptr, grad_ptr, grad_stride, step, num_steps)
+        after, pull_after = step_weights(losses_ptr, scale_ptr, upstream, step, num_steps)
         has_after = (step >= 0) & (step < num_steps)
         following = layer_pointer(hidden_table, layer + has_after.to(tl.int32), DTYPE, ALIGNMENT)
         next_x = load_rows(following, offset, mask_if(reads, has_after))

@@ -31,6 +31,7 @@ from carma_kernels.distributed import join_terms
 from carma_kernels.ops.layers import (
     LayerTable,
     ScaledSimilarity,
+    Upstream,
     check_dtype,
     destinations,
     inverse_temperature,
@@ -153,7 +154,7 @@ class _LongMI:
         self,
         hidden: LayerTable,
         saved: _Saved,
-        grad_sums: Tensor,
+        grad_sums: Upstream,
         stability: StabilityGradient,
         out: LayerTable | None,
         needs_work: bool,
@@ -286,7 +287,7 @@ def _gradients(
         problem.mask_bytes,
         losses if has_stability else losses[:0],
         saved.scale,
-        grad_losses if grad_losses is not None else losses[:0],
+        Upstream(grad_losses if grad_losses is not None else losses[:0]),
     )
     term = None
     if grad_sums is not None:
@@ -296,13 +297,11 @@ def _gradients(
         if out is not None:
             stability_backward(hidden, stability, out, skipped=range(0))
     elif isinstance(term, ShortMI):
-        grad_sums = grad_sums.contiguous()
         if out is not None:
-            term.backward(hidden, saved.inverse_norms, saved.z, grad_sums, stability, out)
+            term.backward(hidden, saved.inverse_norms, saved.z, Upstream(grad_sums), stability, out)
         work = saved.work.sum(1) if needs_work else None
     else:
-        grad_sums = grad_sums.contiguous()
-        work = term.backward(hidden, saved, grad_sums, stability, out, needs_work)
+        work = term.backward(hidden, saved, Upstream(grad_sums), stability, out, needs_work)
     if work is None or grad_sums is None:
         return gradients, losses.new_zeros(())
     return gradients, (grad_sums * work).sum()

@@ -69,6 +69,20 @@ class LayerTable:
 
 
 @dataclass(frozen=True)
+class Upstream:
+    """The gradient that arrives for each of some layers, `factor * grad[l]`; a 0-d `grad` is that of every layer."""
+
+    grad: Tensor
+    """0-d, or `[l]` with any stride"""
+    factor: float = 1.0
+
+    @property
+    def arguments(self) -> tuple[Tensor, int, float]:
+        """As the kernels take it: where it lies, its stride, and the factor."""
+        return self.grad, self.grad.stride(0) if self.grad.dim() else 0, self.factor
+
+
+@dataclass(frozen=True)
 class ScaledSimilarity:
     """`s_ij = h_i.h_j r_i r_j / tau` as kernels take it."""
 

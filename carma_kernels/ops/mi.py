@@ -19,6 +19,7 @@ from carma_kernels.kernels import launch, mi, mi_backward
 from carma_kernels.ops.layers import (
     LayerTable,
     ScaledSimilarity,
+    Upstream,
     ceil_div,
     constants,
     dot_precision,
@@ -133,7 +134,7 @@ def contrast_backward(
     similarity: ScaledSimilarity,
     inverse_norms: Tensor | None,
     state: tuple[Tensor, Tensor],
-    grad_sums: Tensor,
+    grad_sums: Upstream,
     stability: StabilityGradient,
     out: LayerTable | None,
     needs_work: bool,
@@ -143,7 +144,7 @@ def contrast_backward(
     Args:
         hidden, layers, pairs, similarity, inverse_norms: as in `contrast_forward`.
         state: as that left it.
-        grad_sums: `[len(layers)]` fp32, upstream.
+        grad_sums: what arrives for each layer's sum over the pairs.
         stability: of the stability loss; without any step if there is none.
         out: L layers, None among them where no gradient is wanted. Every row of those in `layers` is written.
         needs_work: whether the temperature needs a gradient.
@@ -216,7 +217,7 @@ def contrast_backward(
                 pairs.size,
                 inverse_norms,
                 similarity.inverse_temperature,
-                grad_sums,
+                *grad_sums.arguments,
                 scale,
                 weight,
                 row_sum,

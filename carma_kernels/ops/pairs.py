@@ -11,7 +11,7 @@ from torch import Tensor
 from carma_kernels import _runtime
 from carma_kernels.kernels import launch
 from carma_kernels.kernels.pairs import _pairs_backward_kernel, _pairs_forward_kernel
-from carma_kernels.ops.layers import LayerTable, ScaledSimilarity, ceil_div, constants, target
+from carma_kernels.ops.layers import LayerTable, ScaledSimilarity, Upstream, ceil_div, constants, target
 from carma_kernels.ops.stability import StabilityGradient
 
 
@@ -85,7 +85,7 @@ def listed_backward(
     similarity: ScaledSimilarity,
     inverse_norms: Tensor | None,
     state: tuple[Tensor, Tensor],
-    grad_sums: Tensor,
+    grad_sums: Upstream,
     stability: StabilityGradient,
     out: LayerTable | None,
     needs_work: bool,
@@ -94,7 +94,7 @@ def listed_backward(
 
     Args:
         hidden, layers, pairs, similarity, inverse_norms, state: as in `listed_forward`.
-        grad_sums: `[len(layers)]` fp32, the gradient of each layer's sum over pairs.
+        grad_sums: what arrives for each layer's sum over the pairs.
         stability: of the stability loss; without any step if there is none.
         out: where the gradients go, all layers; None to write none.
         needs_work: whether to return `sum W s` of each layer `[len(layers)]`, from which the temperature's follows.
@@ -116,7 +116,7 @@ def listed_backward(
             summary,
             inverse_norms,
             similarity.inverse_temperature,
-            grad_sums,
+            *grad_sums.arguments,
             *stability.arguments,
             layers.start,
             D,

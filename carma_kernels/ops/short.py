@@ -10,7 +10,16 @@ from torch import Tensor
 
 from carma_kernels import _runtime
 from carma_kernels.kernels import launch, short
-from carma_kernels.ops.layers import LayerTable, ScaledSimilarity, ceil_div, constants, dot_precision, hull, target
+from carma_kernels.ops.layers import (
+    LayerTable,
+    ScaledSimilarity,
+    Upstream,
+    ceil_div,
+    constants,
+    dot_precision,
+    hull,
+    target,
+)
 from carma_kernels.ops.stability import StabilityGradient, StabilityPartials
 
 _PROGRAMS = 264
@@ -103,7 +112,7 @@ class ShortMI:
         hidden: LayerTable,
         inverse_norms: Tensor,
         z: Tensor,
-        grad_sums: Tensor,
+        grad_sums: Upstream,
         stability: StabilityGradient,
         out: LayerTable,
     ) -> None:
@@ -112,7 +121,7 @@ class ShortMI:
         Args:
             hidden: L layers.
             inverse_norms, z: as the forward left them, the latter first in its state.
-            grad_sums: `[L_mi]` upstream.
+            grad_sums: what arrives for the layers of the MI loss.
             stability: of the stability loss; without any step if there is none.
             out: L layers, None among them where no gradient is wanted.
         """
@@ -133,11 +142,10 @@ class ShortMI:
             self.similarity.inverse_temperature,
             inverse_norms,
             z,
-            grad_sums,
+            *grad_sums.arguments,
             stability.losses,
             stability.scale,
-            stability.upstream,
-            stability.upstream.stride(0),
+            *stability.upstream.arguments,
             N,
             D,
             self.layers.start,

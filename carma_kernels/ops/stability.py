@@ -9,7 +9,7 @@ from torch import Tensor
 
 from carma_kernels import _runtime
 from carma_kernels.kernels import launch, stability
-from carma_kernels.ops.layers import LayerTable, ceil_div, constants, hull, target
+from carma_kernels.ops.layers import LayerTable, Upstream, ceil_div, constants, hull, target
 
 _FINALIZE_BLOCK = 1024
 
@@ -26,14 +26,14 @@ class StabilityPartials:
 
 @dataclass(frozen=True)
 class StabilityGradient:
-    """What the stability loss's gradient is made of: its losses, their scale and what arrives for them, `[steps]`."""
+    """What the stability loss's gradient is made of: its losses, their scale, `[steps]`, and what arrives for them."""
 
     layers: range
     mask: Tensor | None
     """`[B*T]` uint8"""
     losses: Tensor
     scale: Tensor
-    upstream: Tensor
+    upstream: Upstream
 
     @property
     def num_steps(self) -> int:
@@ -41,10 +41,9 @@ class StabilityGradient:
         return self.losses.shape[0]
 
     @property
-    def arguments(self) -> tuple[Tensor | int | None, ...]:
+    def arguments(self) -> tuple[Tensor | float | None, ...]:
         """As the kernels take it."""
-        upstream = self.upstream
-        return self.losses, self.scale, upstream, upstream.stride(0), self.layers.start, self.num_steps, self.mask
+        return self.losses, self.scale, *self.upstream.arguments, self.layers.start, self.num_steps, self.mask
 
 
 def stability_forward(
@@ -150,8 +149,7 @@ def stability_backward(hidden: LayerTable, gradient: StabilityGradient, out: Lay
         gradient.mask,
         gradient.losses,
         gradient.scale,
-        gradient.upstream,
-        gradient.upstream.stride(0),
+        *gradient.upstream.arguments,
         gradient.layers.start,
         gradient.num_steps,
         skipped.start,

@@ -83,7 +83,7 @@ def run(
     problem: Problem, spans: TokenSpans, hidden: Tensor | list[Tensor], tau: Tensor | float, device: str
 ) -> tuple[Tensor, ...]:
     """Sums of the MI loss over the pairs, and the stability loss, differentiated by the host functions."""
-    from carma_kernels.ops.layers import ScaledSimilarity, readable
+    from carma_kernels.ops.layers import ScaledSimilarity, Upstream, readable
     from carma_kernels.ops.mi import contrast_backward, contrast_forward, contrast_state_shapes
     from carma_kernels.ops.stability import StabilityGradient
 
@@ -113,15 +113,15 @@ def run(
         def backward(ctx: Any, grad_sums: Tensor, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
             mask_bytes = None if mask is None else mask.flatten().to(torch.uint8)
             stencil = StabilityGradient(
-                problem.stability or range(0), mask_bytes, ctx.losses.float(), ctx.scale.float(), grad_losses
+                problem.stability or range(0), mask_bytes, ctx.losses.float(), ctx.scale.float(), Upstream(grad_losses)
             )
             gradients = [torch.empty_like(layer) for layer in ctx.table.layers]
             out = type(ctx.table)(
                 tuple(None if at in problem.frozen else gradient for at, gradient in enumerate(gradients))
             )
             work = contrast_backward(
-                ctx.table, layers, ranks, ctx.similarity, ctx.inverse_norms, ctx.state, grad_sums, stencil, out,
-                needs_work=not case.number,
+                ctx.table, layers, ranks, ctx.similarity, ctx.inverse_norms, ctx.state, Upstream(grad_sums), stencil,
+                out, needs_work=not case.number,
             )  # fmt: skip
             for at, gradient in enumerate(gradients):
                 if at in problem.frozen or at not in layers:

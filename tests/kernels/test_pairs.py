@@ -48,7 +48,7 @@ def run(
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     """Costs `[L, P]`, the gradients of all layers (NaN where none is written), and the work `[L]`."""
     from carma_kernels.ops import pairs as ops
-    from carma_kernels.ops.layers import LayerTable, ScaledSimilarity, readable
+    from carma_kernels.ops.layers import LayerTable, ScaledSimilarity, Upstream, readable
     from carma_kernels.ops.stability import StabilityGradient
 
     there = [h.to(device) for h in hidden]
@@ -61,6 +61,8 @@ def run(
     table = readable(there)
     cost = ops.listed_forward(table, layers, pairs, similarity, inverse_norms, state)
     out = [torch.full_like(h, torch.nan) for h in there]
+    no_loss = (range(0), None, *[torch.zeros(0, device=device)] * 3)
+    layers_of_loss, stability_mask, losses, scale, upstream = stability or no_loss
     work = ops.listed_backward(
         table,
         layers,
@@ -68,8 +70,8 @@ def run(
         similarity,
         inverse_norms,
         state,
-        grad.to(device),
-        StabilityGradient(*(stability or (range(0), None, *[torch.zeros(0, device=device)] * 3))),
+        Upstream(grad.to(device)),
+        StabilityGradient(layers_of_loss, stability_mask, losses, scale, Upstream(upstream)),
         LayerTable(tuple(None if layer in frozen else o for layer, o in enumerate(out))),
         needs_work=True,
     )

@@ -63,6 +63,21 @@ def similarity(hidden: list[Tensor], mask: Tensor) -> Tensor:
     return sum(layer.sum() for layer in hidden)  # type: ignore[return-value]
 
 
+def upstream_of_any_kind() -> None:
+    """What arrives for the layers comes as one number for all or one each, with any stride and factor."""
+    from carma_kernels.ops.layers import Upstream
+
+    arguments = Upstream.arguments.fget  # type: ignore[attr-defined]
+
+    def varied(given: Upstream) -> Any:
+        stride = random.choice([0, 1, 2, 16])
+        grad = anywhere(torch.zeros(stride * given.grad.numel() + 1))
+        grads = grad.as_strided(given.grad.shape, (stride,), grad.storage_offset())
+        return arguments(Upstream(random.choice([grad[0], grads]), random.choice([1.0, 0.3, 16.0])))
+
+    Upstream.arguments = property(varied)  # type: ignore[method-assign, assignment]
+
+
 def batch(B: int, T: int, wordless: bool = False) -> tuple[list[Tensor], TokenSpans, Tensor]:
     valid = torch.arange(T) < torch.tensor([random.randint(max(1, T // 2), T) for _ in range(B)])[:, None]
     words = []
@@ -104,6 +119,7 @@ def main() -> None:
     _runtime.target = lambda _device: _runtime.TARGETS["sm_90"]
     _runtime.launch = launch
     random.seed(0)
+    upstream_of_any_kind()
     batches = int(sys.argv[1])
     for name, loss in LOSSES.items():
         compiled.clear()
