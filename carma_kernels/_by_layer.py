@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-import torch
 from torch import Tensor
 
 from carma_kernels import _backend
-from carma_kernels._terms import Backend, Gradients, HiddenStates, MITerm, StabilityTerm
+from carma_kernels._terms import Backend, Gradients, HiddenStates, MITerm, StabilityTerm, Terms
 from carma_kernels.config import CarmaConfig
 from carma_kernels.functional import CarmaOutput, carma_loss_by
 from carma_kernels.pairs import PairIndex
@@ -18,8 +17,8 @@ from carma_kernels.spans import TokenSpans
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-TermGradients = tuple[Tensor | None, Tensor | None]
-"""Of the two terms that a backend computes; None for one that no gradient arrived for"""
+TermGradients = tuple[Tensor | None, ...]
+"""Of each of `Terms`; None for one that no gradient arrived for"""
 
 
 class LossByLayer:
@@ -40,33 +39,29 @@ class LossByLayer:
     ) -> None:
         """Compute it: the arguments are those of `carma_loss`, of L times `[B, T, D]` and no learned temperature."""
         terms = _Terms(_backend.implementation(backend, states[0].device))
-        with torch.enable_grad():  # from the terms to the losses: numbers of a layer each
-            self.output = carma_loss_by(lambda _device: terms, states, spans_or_pairs, config, mask, num_pairs, group)
-        self._terms, self._gradients = terms.leaves, terms.gradients
+        self.output = carma_loss_by(lambda _device: terms, states, spans_or_pairs, config, mask, num_pairs, group)
+        self._gradients = terms.gradients
+        self._ranks = 1 if group is None else group.size()
         first = min(0 if bounds is None else bounds[0] for bounds in (config.mi_layers, config.stability_layers))
         self.layers = range(first, first + terms.num_layers)
         """in use: those from the first to the last that a term is over"""
 
     def of_terms(self, upstream: Sequence[Tensor | None]) -> TermGradients:
         """The gradients of the terms, from those that arrived for the output's `loss`, `mi` and `stability`."""
-        arrived = [(loss, grad) for loss, grad in zip(self.output, upstream, strict=False) if grad is not None]
-        if not arrived:
-            return None, None
-        losses, grads = zip(*arrived, strict=True)
-        sums, changes = torch.autograd.grad(losses, self._terms, grads, retain_graph=True, allow_unused=True)
-        return sums, changes
+        arrived = (grad if grad is None or self._ranks == 1 else grad * self._ranks for grad in upstream)
+        loss, mi, stability = arrived
+        return None, None, mi, stability, loss
 
     def of_layers(self, states: Sequence[Tensor], terms: TermGradients, layers: Sequence[int]) -> dict[int, Tensor]:
         """The gradients `[B, T, D]` of some layers in use, of all `states`; those next to none of them are not read."""
         wanted = [layer in layers for layer in self.layers]
-        found = self._gradients(states[self.layers.start : self.layers.stop], *terms, wanted)
+        found = self._gradients(states[self.layers.start : self.layers.stop], terms, wanted)
         return dict(zip([layer for layer in self.layers if layer in layers], found, strict=True))
 
 
 class _Terms:
-    """A backend whose terms begin a graph of their own."""
+    """A backend whose terms are connected to nothing."""
 
-    leaves: tuple[Tensor, Tensor]
     gradients: Gradients
     num_layers: int
 
@@ -75,8 +70,7 @@ class _Terms:
 
     def carma_terms(
         self, hidden: HiddenStates, mi: MITerm | None, stability: StabilityTerm | None, group: str | None = None
-    ) -> tuple[Tensor, Tensor]:
-        sums, changes, self.gradients = self._backend.carma_terms_and_gradients(list(hidden), mi, stability, group)
+    ) -> Terms:
+        terms, self.gradients = self._backend.carma_terms_and_gradients(list(hidden), mi, stability, group)
         self.num_layers = len(hidden)
-        self.leaves = sums.detach().requires_grad_(), changes.detach().requires_grad_()
-        return self.leaves
+        return Terms(*terms)

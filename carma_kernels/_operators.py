@@ -1,14 +1,14 @@
-"""What the registered operators of all backends have in common: their arguments, and how their gradients come about."""
+"""What the operators of all backends are asked, and what arrives for their results."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from carma_kernels._terms import Gradients, HiddenStates, MITerm, Similarity, StabilityTerm
+from carma_kernels._terms import HiddenStates, MITerm, Similarity, StabilityTerm
 from carma_kernels.pairs import PairIndex
 from carma_kernels.spans import ContrastTable
 
@@ -25,7 +25,10 @@ class CarmaArguments(NamedTuple):
     temperature_value: float  # if temperature is None
     cosine: bool
     match_negatives: float | None
+    divisor: Tensor | None  # 0-d, of each layer's sum over pairs
+    divisor_value: float  # if divisor is None
     eps: float
+    weights: list[float]  # of the MI term and of the stability term in the total
     ranges: list[int]  # start and stop of the MI layers, then of the stability layers
     group: str | None  # name of the process group whose joined batch the losses are of
 
@@ -42,7 +45,8 @@ class CarmaArguments(NamedTuple):
 
 CARMA_SCHEMA = (
     "Tensor[] hidden, Tensor[] pairs, SymInt num_pairs, bool covers_batch, Tensor? mask, Tensor? temperature, "
-    "float temperature_value, bool cosine, float? match_negatives, float eps, int[] ranges, str? group"
+    "float temperature_value, bool cosine, float? match_negatives, Tensor? divisor, Scalar divisor_value, float eps, "
+    "float[] weights, int[] ranges, str? group"
 )
 
 
@@ -55,7 +59,8 @@ def carma_arguments(
 ) -> CarmaArguments:
     """What `carma_terms` was asked; `tables` picks what the backend reads of a contrast table."""
     pairs, num_pairs, covers_batch = _pairs(mi, tables)
-    temperature, value = _temperature(mi.similarity if mi is not None else Similarity(cosine=True, temperature=1.0))
+    temperature, value = _number(mi.similarity.temperature if mi is not None else 1.0)
+    divisor, divisor_value = _number(mi.divisor if mi is not None else 1.0)
     mi_layers = mi.layers if mi is not None else range(0)
     stability_layers = stability.layers if stability is not None else range(0)
     return CarmaArguments(
@@ -68,7 +73,10 @@ def carma_arguments(
         temperature_value=value,
         cosine=mi is None or mi.similarity.cosine,
         match_negatives=mi.match_negatives if mi is not None else None,
+        divisor=divisor,
+        divisor_value=divisor_value,
         eps=stability.eps if stability is not None else 0.0,
+        weights=[mi.weight if mi is not None else 1.0, stability.weight if stability is not None else 1.0],
         ranges=[mi_layers.start, mi_layers.stop, stability_layers.start, stability_layers.stop],
         group=group,
     )
@@ -81,6 +89,14 @@ def _pairs(mi: MITerm | None, tables: Callable[[ContrastTable], list[Tensor]]) -
         return [mi.pairs.anchor, mi.pairs.positive, mi.pairs.negatives], mi.pairs.num_pairs, False
     assert mi.pairs.ranks is not None
     return tables(mi.pairs), mi.pairs.ranks.num_pairs, mi.pairs.covers_batch
+
+
+def totals(asked: CarmaArguments, means: Tensor, changes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The MI loss, the stability loss and the total, 0-d, of what they are of each layer; connected to nothing."""
+    mi = means.sum() / max(1, len(means))
+    stability = changes.sum()
+    mi_weight, stability_weight = asked.weights
+    return mi, stability, torch.add(mi * mi_weight, stability, alpha=stability_weight)
 
 
 class SimilarityArguments(NamedTuple):
@@ -108,16 +124,55 @@ def similarity_arguments(
     return SimilarityArguments(
         [hidden] if isinstance(hidden, Tensor) else list(hidden),
         mask,
-        *_temperature(similarity),
+        *_number(similarity.temperature),
         similarity.cosine,
         [layers.start, layers.stop],
         out_dtype,
     )
 
 
-def _temperature(similarity: Similarity) -> tuple[Tensor | None, float]:
-    temperature = similarity.temperature
-    return (temperature, 1.0) if isinstance(temperature, Tensor) else (None, temperature)
+def _number(value: Tensor | float) -> tuple[Tensor | None, float]:
+    return (value, 1.0) if isinstance(value, Tensor) else (None, value)
+
+
+class CarmaUpstream(NamedTuple):
+    """The gradients that arrive for `Terms`; None for one that nobody has used."""
+
+    mi_per_layer: Tensor | None
+    stability_per_layer: Tensor | None
+    mi: Tensor | None
+    stability: Tensor | None
+    loss: Tensor | None
+
+    def of_sums(self, asked: CarmaArguments) -> tuple[Tensor, float] | None:
+        """What arrives for each MI layer's sum over its pairs, as a gradient `[L_mi]` or 0-d, and a factor of it."""
+        arrived = _joined(self.mi_per_layer, self.mi, self.loss, asked.weights[0], 1 / max(1, len(asked.mi_layers)))
+        if arrived is None:
+            return None
+        gradient, factor = arrived
+        if asked.divisor is None:
+            return gradient, factor / asked.divisor_value
+        return gradient / asked.divisor.to(gradient.dtype), factor
+
+    def of_changes(self, asked: CarmaArguments) -> tuple[Tensor, float] | None:
+        """The same for the stability loss of each step from one layer to the next."""
+        return _joined(self.stability_per_layer, self.stability, self.loss, asked.weights[1], 1.0)
+
+
+def _joined(
+    per_layer: Tensor | None, term: Tensor | None, loss: Tensor | None, weight: float, share: float
+) -> tuple[Tensor, float] | None:
+    """Of a layer's number, by way of the term `share * sum`, and of the total `weight * term`.
+
+    The usual case, a gradient of the total alone, takes no operation; one of 0 for the others gives the same bits.
+    """
+    gradient, factor = loss, weight * share
+    if term is not None:
+        used = loss is not None and weight != 0
+        gradient, factor = (loss + term / weight, factor) if used else (term, share)  # type: ignore[operator]
+    if per_layer is not None:
+        gradient, factor = (per_layer if gradient is None else gradient * factor + per_layer), 1.0
+    return None if gradient is None else (gradient, factor)
 
 
 def layer_views(hidden: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -132,98 +187,3 @@ def empty_gradients(hidden: Sequence[Tensor], needs_grad: Sequence[bool]) -> lis
         for tensor, needed in zip(hidden, needs_grad, strict=True)
         if needed
     ]
-
-
-def terms_and_gradients(forward: Any, backward: Any, arguments: CarmaArguments) -> tuple[Tensor, Tensor, Gradients]:
-    """Both losses, unreduced and connected to nothing, and what makes the gradients of some layers when it is called.
-
-    Args:
-        forward, backward: the registered operators, as for `register_gradient`.
-        arguments: of both; the gradient of a temperature is not to be had so. The hidden states are not held on to.
-    """
-    with torch.no_grad():
-        sums, changes, *kept = forward(*arguments)
-    without_states = arguments._replace(hidden=[])
-
-    def gradients(
-        hidden: Sequence[Tensor], grad_sums: Tensor | None, grad_changes: Tensor | None, wanted: list[bool]
-    ) -> list[Tensor]:
-        asked = without_states._replace(hidden=list(hidden))
-        with torch.no_grad():
-            found, _ = backward(grad_sums, grad_changes, [changes, *kept], wanted, False, *asked)
-        return list(found)
-
-    return sums, changes, gradients
-
-
-def register_gradient(forward: Any, backward: Any, arguments: Any, num_losses: int, function: str) -> None:
-    """Register the gradient of an operator, and have a gradient's gradient raise and say why.
-
-    Args:
-        forward: the registered operator. All that it returns but the first is kept for `backward`.
-        backward: the registered operator of: the gradient that arrives for each of the first `num_losses` results
-            of `forward`; what was kept; which of the hidden states need a gradient; whether the temperature does; and
-            the arguments of `forward`. It returns the gradients of those hidden states, and `-tau` times that of the
-            temperature.
-        arguments: of both: `CarmaArguments` or `SimilarityArguments`.
-        num_losses: as for `backward`; the user gets these.
-        function: what the user called.
-    """
-    temperature_at = arguments._fields.index("temperature")
-
-    def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]) -> None:
-        ctx.set_materialize_grads(False)
-        tensors: list[Tensor] = []
-        ctx.arguments = [_put_away(argument, tensors) for argument in inputs]
-        ctx.save_for_backward(*tensors, *(() if isinstance(output, Tensor) else output[1:]))
-
-    def differentiate(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
-        tensors = iter(ctx.saved_tensors)
-        given = arguments(*(_taken_out(argument, tensors) for argument in ctx.arguments))
-        found = [[None] * len(argument) if _is_list(argument) else None for argument in given]
-        needs_hidden = [bool(needed) for needed in ctx.needs_input_grad[0]]
-        needs_temperature = bool(ctx.needs_input_grad[temperature_at])
-        losses = upstream[:num_losses]
-        if any(gradient is not None for gradient in losses):
-            gradients, work = backward(*losses, list(tensors), needs_hidden, needs_temperature, *given)
-            found[0] = [gradients.pop(0) if needed else None for needed in needs_hidden]
-            if needs_temperature:  # d s / d tau = -s / tau
-                found[temperature_at] = (-work / given.temperature).to(given.temperature.dtype)
-        return tuple(found)
-
-    def refuse(*_: Any) -> Any:
-        raise RuntimeError(
-            f"the gradient of {function} cannot be differentiated again: its backward is written by hand, and has "
-            "none. Leave the CARMA terms out of a gradient penalty, or compute them with csrc_ref, which autograd "
-            "differentiates."
-        )
-
-    forward.register_autograd(differentiate, setup_context=keep)
-    backward.register_autograd(refuse)
-
-
-class _Kept(NamedTuple):
-    """Stands for tensors that autograd keeps."""
-
-    number: int | None  # None for one that was not in a list
-
-
-def _is_list(argument: Any) -> bool:
-    return isinstance(argument, list) and all(isinstance(item, Tensor) for item in argument)
-
-
-def _put_away(argument: Any, tensors: list[Tensor]) -> Any:
-    """Add the tensors of an argument to those that autograd is to keep."""
-    if isinstance(argument, Tensor):
-        tensors.append(argument)
-        return _Kept(None)
-    if _is_list(argument):
-        tensors += argument
-        return _Kept(len(argument))
-    return argument
-
-
-def _taken_out(argument: Any, tensors: Iterator[Tensor]) -> Any:
-    if not isinstance(argument, _Kept):
-        return argument
-    return next(tensors) if argument.number is None else [next(tensors) for _ in range(argument.number)]

@@ -98,11 +98,12 @@ def like_terms(kernels: str, hidden: HiddenStates, mi: MITerm | None, stability:
 
     def compute(backend: Any, hidden: HiddenStates, temperature: float | Tensor) -> tuple[Tensor, ...]:
         asked = None if small_mi is None else replace(small_mi, similarity=Similarity(similarity.cosine, temperature))
-        sums, changes = backend.carma_terms(hidden, asked, small_stability)
-        return (sums,) * (small_mi is not None) + (changes,) * (small_stability is not None)
+        sums, changes, _, _, total = backend.carma_terms(hidden, asked, small_stability)
+        return (sums,) * (small_mi is not None) + (changes,) * (small_stability is not None) + (total,)
 
-    results = ("the MI loss",) * (small_mi is not None) + ("the stability loss",) * (small_stability is not None)
-    loss = "carma_loss" if len(results) > 1 else "stability_loss" if small_mi is None else "mi_loss"
+    terms = ("the MI loss",) * (small_mi is not None) + ("the stability loss",) * (small_stability is not None)
+    results = (*terms, "their total")
+    loss = "carma_loss" if len(terms) > 1 else "stability_loss" if small_mi is None else "mi_loss"
     numbers = _numbers((B, T, D), hidden, similarity)
     return SmallProblem(loss, kernels, results, compute, numbers, similarity.temperature, _largest_score(similarity))
 

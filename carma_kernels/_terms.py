@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,9 +15,24 @@ from carma_kernels.spans import ContrastTable
 HiddenStates = Tensor | Sequence[Tensor]
 """`[L, B, T, D]`, or L times `[B, T, D]`"""
 
-Gradients = Callable[[Sequence[Tensor], Tensor | None, Tensor | None, list[bool]], list[Tensor]]
-"""Of the hidden states given, those of the layers that are wanted, in order; the two in between are the gradients of
-the two terms. Layers that are not next to a wanted one are not read."""
+Gradients = Callable[[Sequence[Tensor], tuple[Tensor | None, ...], list[bool]], list[Tensor]]
+"""Of the hidden states given, those of the layers that are wanted, in order; in between are the gradients that arrive
+for each of `Terms`, None for one that does not matter. Layers that are not next to a wanted one are not read."""
+
+
+class Terms(NamedTuple):
+    """What a backend returns; fp32, fp64 for fp64 hidden states. All are connected to every layer of hidden states."""
+
+    mi_per_layer: Tensor
+    """`[L_mi]`: each layer's sum over its pairs, divided by `MITerm.divisor`; empty without that term"""
+    stability_per_layer: Tensor
+    """`[steps]`: the stability loss of each layer with the next; empty without that term"""
+    mi: Tensor
+    """0-d, the mean of the first"""
+    stability: Tensor
+    """0-d, the sum of the second"""
+    loss: Tensor
+    """0-d, both with their weights"""
 
 
 @dataclass(frozen=True)
@@ -36,6 +51,8 @@ class MITerm:
     pairs: ContrastTable | PairIndex
     similarity: Similarity
     match_negatives: float | None
+    divisor: float | Tensor = 1.0  # of each layer's sum over pairs
+    weight: float = 1.0  # of the mean over layers, in the total
 
 
 @dataclass(frozen=True)
@@ -46,6 +63,7 @@ class StabilityTerm:
     mask: Tensor | None  # [B, T] bool
     eps: float
     is_padded: bool = True  # the mask may leave tokens out, as far as the host knows
+    weight: float = 1.0  # of the sum over layers, in the total
 
 
 ZERO_NORM = 1e-8
@@ -57,8 +75,8 @@ class TermsBackend(Protocol):
 
     def carma_terms(
         self, hidden: HiddenStates, mi: MITerm | None, stability: StabilityTerm | None, group: str | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Both losses, unreduced: see `eager.carma_terms`."""
+    ) -> Terms:
+        """Both losses, of the joined batch of a `group`."""
 
 
 class Backend(TermsBackend, Protocol):
@@ -66,7 +84,7 @@ class Backend(TermsBackend, Protocol):
 
     def carma_terms_and_gradients(
         self, hidden: Sequence[Tensor], mi: MITerm | None, stability: StabilityTerm | None, group: str | None = None
-    ) -> tuple[Tensor, Tensor, Gradients]:
+    ) -> tuple[Terms, Gradients]:
         """The same, connected to nothing, and what makes the gradients of some of the layers."""
 
     def pairwise_similarity(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from carma_kernels import _backend, _validate, distributed
-from carma_kernels._terms import HiddenStates, MITerm, Similarity, StabilityTerm, TermsBackend
+from carma_kernels._terms import HiddenStates, MITerm, Similarity, StabilityTerm, Terms, TermsBackend
 from carma_kernels.config import CarmaConfig, checked
 from carma_kernels.pairs import PairIndex
 from carma_kernels.spans import ContrastTable, TokenSpans
@@ -136,12 +136,11 @@ def mi_loss(
     count = _divisor(num_pairs, pairs.num_pairs, reduction, first.device, group)
     if group is not None and negatives == "batch":
         hidden, chosen, pairs = _joined_batch(hidden, chosen, pairs, group)
-    term = MITerm(chosen, _table(pairs, negatives), similarity, match)
-    sums, _ = _terms(_backend.implementation(backend, first.device), hidden, term, None, group)
-    if reduction == "sum":
-        return sums.sum()
-    means = sums / count
-    return means.mean() if reduction == "mean" else means
+    term = MITerm(chosen, _table(pairs, negatives), similarity, match, 1.0 if reduction == "sum" else count)
+    found = _terms(_backend.implementation(backend, first.device), hidden, term, None, group)
+    if reduction == "mean":
+        return found.mi
+    return found.mi_per_layer.sum() if reduction == "sum" else found.mi_per_layer
 
 
 def stability_loss(
@@ -180,10 +179,10 @@ def stability_loss(
     hidden, first, (chosen,) = _layers(hidden_states, layers=layers)
     _validate.option(reduction, _validate.REDUCTIONS, "reduction")
     term = StabilityTerm(chosen, _validate.mask(mask, first), _validate.positive_number(eps, "eps"))
-    _, changes = _terms(_backend.implementation(backend, first.device), hidden, None, term, group)
+    found = _terms(_backend.implementation(backend, first.device), hidden, None, term, group)
     if reduction == "none":
-        return changes
-    return changes.sum() if reduction == "sum" else changes.sum() / max(1, len(changes))
+        return found.stability_per_layer
+    return found.stability if reduction == "sum" else found.stability / max(1, len(chosen) - 1)
 
 
 def carma_loss(
@@ -240,22 +239,26 @@ def carma_loss_by(
     pairs = _validate.pairs(spans_or_pairs, first, len(mi_layers))
     valid = _validate.stability_mask(mask, pairs, first)
     is_padded = mask is not None or not isinstance(pairs, TokenSpans) or pairs.is_padded
-    stability_term = StabilityTerm(stability_layers, valid, config.eps, is_padded)
+    stability_term = StabilityTerm(stability_layers, valid, config.eps, is_padded, config.stability_weight)
     count = _divisor(num_pairs, pairs.num_pairs, "mean", first.device, group)
     backend = choose(first.device)
     if group is not None and negatives == "batch":  # two passes, since the losses are over different batches
         joined, layers, pairs = _joined_batch(hidden, mi_layers, pairs, group)
-        mi_term = MITerm(layers, _table(pairs, negatives), similarity, match)
-        sums, _ = _terms(backend, joined, mi_term, None, group)
-        _, changes = _terms(backend, hidden, None, stability_term, group)
+        mi_term = MITerm(layers, _table(pairs, negatives), similarity, match, count, config.mi_weight)
+        of_joined = _terms(backend, joined, mi_term, None, group)
+        found = _terms(backend, hidden, None, stability_term, group)
+        found = found._replace(mi_per_layer=of_joined.mi_per_layer, mi=of_joined.mi, loss=of_joined.loss + found.loss)
     else:
-        mi_term = MITerm(mi_layers, _table(pairs, negatives), similarity, match)
-        sums, changes = _terms(backend, hidden, mi_term, stability_term, group)
-    mi_per_layer = sums / count
-    mi = mi_per_layer.mean()
-    stability = changes.sum()
-    loss = config.mi_weight * mi + config.stability_weight * stability
-    return CarmaOutput(loss, mi, stability, mi_per_layer.detach(), changes.detach(), spans_or_pairs.num_pairs)
+        mi_term = MITerm(mi_layers, _table(pairs, negatives), similarity, match, count, config.mi_weight)
+        found = _terms(backend, hidden, mi_term, stability_term, group)
+    return CarmaOutput(
+        found.loss,
+        found.mi,
+        found.stability,
+        found.mi_per_layer.detach(),
+        found.stability_per_layer.detach(),
+        spans_or_pairs.num_pairs,
+    )
 
 
 def total_loss(task_loss: Tensor, carma_loss: Tensor, weight: float) -> Tensor:
@@ -303,12 +306,12 @@ def _terms(
     mi: MITerm | None,
     stability: StabilityTerm | None,
     group: ProcessGroup | None,
-) -> tuple[Tensor, Tensor]:
+) -> Terms:
     """Of the group's joined batch, if there is a group."""
     if group is None:
-        return backend.carma_terms(hidden, mi, stability)
-    sums, changes = backend.carma_terms(hidden, mi, stability, group.group_name)
-    return distributed.scale_gradient(sums, group.size()), distributed.scale_gradient(changes, group.size())
+        return Terms(*backend.carma_terms(hidden, mi, stability))
+    found = backend.carma_terms(hidden, mi, stability, group.group_name)
+    return Terms(*(distributed.scale_gradient(term, group.size()) for term in found))
 
 
 def _divisor(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple
 
@@ -330,6 +331,18 @@ class TokenSpans:
         """The anchors and keys of `negatives="sequence"` or `"batch"`."""
         if negatives not in ("sequence", "batch"):
             raise ValueError(f"negatives must be 'sequence' or 'batch', got {negatives!r}.")
+        if torch.compiler.is_compiling():
+            return self._contrast_table(negatives)
+        if negatives not in self._contrast_tables:
+            self._contrast_tables[negatives] = self._contrast_table(negatives)
+        return self._contrast_tables[negatives]
+
+    @cached_property
+    def _contrast_tables(self) -> dict[str, ContrastTable]:
+        """Those that were asked for: a step of training asks again, and a view of each table takes the host time."""
+        return {}
+
+    def _contrast_table(self, negatives: str) -> ContrastTable:
         B, T = self.shape
         key_token = self._view(f"{negatives}_key_token")
         return ContrastTable(

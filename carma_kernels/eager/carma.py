@@ -1,27 +1,24 @@
-"""Both losses in one walk over the layers, forward and backward, with one write of each layer's gradient.
-
-Registered as operators, so that `torch.compile` takes them as they are, with the same bits, and selective activation
-checkpointing sees them by name.
-"""
+"""Both losses in one walk over the layers, forward and backward, with one write of each layer's gradient."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
+from carma_kernels._autograd import Operation
 from carma_kernels._operators import (
     CARMA_SCHEMA,
     CarmaArguments,
+    CarmaUpstream,
     carma_arguments,
     empty_gradients,
-    register_gradient,
-    terms_and_gradients,
+    totals,
 )
-from carma_kernels._terms import Gradients, MITerm, StabilityTerm
+from carma_kernels._terms import Gradients, MITerm, StabilityTerm, Terms
 from carma_kernels.distributed import join_terms
 from carma_kernels.eager.layers import (
     LayerRows,
@@ -41,31 +38,28 @@ from carma_kernels.spans import ContrastTable
 
 def carma_terms(
     hidden: Tensor | Sequence[Tensor], mi: MITerm | None, stability: StabilityTerm | None, group: str | None = None
-) -> tuple[Tensor, Tensor]:
-    """Both losses, unreduced, of hidden states `[L, B, T, D]` or L times `[B, T, D]`; of the joined batch of a `group`.
+) -> Terms:
+    """Both losses of hidden states `[L, B, T, D]` or L times `[B, T, D]`; of the joined batch of a `group`.
 
-    Returns:
-        The MI loss of each of `mi.layers`, summed over the pairs, `[len(mi.layers)]`, and the stability loss of each
-        layer of `stability.layers` with the next, `[len(stability.layers) - 1]`; fp32 (fp64 for fp64 inputs). Empty for
-        a term that is None. Both are connected to every layer and, where it is a tensor, to the temperature.
+    Connected to every layer and, where it is a tensor, to the temperature.
     """
-    sums, terms, *_ = _forward(*_arguments(hidden, mi, stability, group))
-    return sums, terms
+    return Terms(*_operation(_asked(hidden, mi, stability, group)))
 
 
 def carma_terms_and_gradients(
     hidden: Sequence[Tensor], mi: MITerm | None, stability: StabilityTerm | None, group: str | None = None
-) -> tuple[Tensor, Tensor, Gradients]:
+) -> tuple[Terms, Gradients]:
     """The same of L times `[B, T, D]`, connected to nothing, and what makes the gradients of some of the layers."""
-    return terms_and_gradients(_forward, _backward, _arguments(hidden, mi, stability, group))
+    terms, gradients = _operation.apart(_asked(hidden, mi, stability, group))
+    return Terms(*terms), gradients
 
 
-def _arguments(
+def _asked(
     hidden: Tensor | Sequence[Tensor], mi: MITerm | None, stability: StabilityTerm | None, group: str | None
-) -> CarmaArguments:
+) -> _Problem:
     if stability is not None and not stability.is_padded:
         stability = replace(stability, mask=None)  # which costs operations
-    return carma_arguments(hidden, mi, stability, group, _tables)
+    return _Problem(*carma_arguments(hidden, mi, stability, group, _tables))
 
 
 def _tables(table: ContrastTable) -> list[Tensor]:
@@ -116,13 +110,8 @@ class _Saved(NamedTuple):
         return AnchorState(self.log_negatives[some], self.pull[some])
 
 
-@library.custom_op(
-    "carma_kernels::torch_carma_terms",
-    mutates_args=(),
-    schema=f"({CARMA_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def _forward(*arguments: Any) -> tuple[Tensor, ...]:
-    problem = _Problem(*arguments)
+def _forward(problem: _Problem) -> tuple[Tensor, ...]:
+    """`Terms`, and what is saved."""
     sums, losses, saved = _empty_results(problem)
     mi_layers, stability_layers = problem.mi_layers, problem.stability_layers
     valid = problem.valid_rows
@@ -154,13 +143,14 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
             )
         if problem.group is not None:
             join_terms(problem.group, sums, losses, saved.scale, problem.layers[0], problem.mask)
-    return sums, losses, *saved
+        means = sums / (problem.divisor_value if problem.divisor is None else problem.divisor)
+        return means, losses, *totals(problem, means, losses), *saved
 
 
-@_forward.register_fake
-def _(*arguments: Any) -> tuple[Tensor, ...]:
-    sums, losses, saved = _empty_results(_Problem(*arguments))
-    return sums, losses, *saved
+def _empty(problem: _Problem) -> tuple[Tensor, ...]:
+    sums, losses, saved = _empty_results(problem)
+    mi, stability, loss = (sums.new_empty(()) for _ in range(3))
+    return sums, losses, mi, stability, loss, *saved
 
 
 def _empty_results(problem: _Problem) -> tuple[Tensor, Tensor, _Saved]:
@@ -180,26 +170,19 @@ def _empty_results(problem: _Problem) -> tuple[Tensor, Tensor, _Saved]:
     )
 
 
-@library.custom_op(
-    "carma_kernels::torch_carma_terms_backward",
-    mutates_args=(),
-    schema=(
-        "(Tensor? grad_sums, Tensor? grad_losses, Tensor[] kept, bool[] needs_grad, bool needs_work, "
-        f"{CARMA_SCHEMA}) -> (Tensor[], Tensor)"
-    ),
-)
 def _backward(
-    grad_sums: Tensor | None,
-    grad_losses: Tensor | None,
+    problem: _Problem,
+    upstream: tuple[Tensor | None, ...],
     kept: list[Tensor],
     needs_grad: list[bool],
     needs_work: bool,
-    *arguments: Any,
 ) -> tuple[list[Tensor], Tensor]:
     """The gradients of the hidden states that need one, and `-tau` times that of the temperature."""
-    problem = _Problem(*arguments)
     losses, *rest = kept
     saved = _Saved(*rest)
+    arrived = CarmaUpstream(*upstream)
+    grad_sums = _of_each(arrived.of_sums(problem), len(problem.mi_layers))
+    grad_losses = _of_each(arrived.of_changes(problem), len(losses))
     layers = problem.layers
     gradients = empty_gradients(problem.hidden, needs_grad)
     receiver = receiving_layers(problem.hidden, gradients, needs_grad)
@@ -241,15 +224,32 @@ def _backward(
     return gradients, work
 
 
-@_backward.register_fake
-def _(*upstream_and_arguments: Any) -> tuple[list[Tensor], Tensor]:
-    needs_grad, _, *arguments = upstream_and_arguments[3:]
-    problem = _Problem(*arguments)
+def _empty_backward(problem: _Problem, needs_grad: list[bool]) -> tuple[list[Tensor], Tensor]:
     first = problem.hidden[0]
     return empty_gradients(problem.hidden, needs_grad), first.new_zeros((), dtype=compute_dtype(first.dtype))
 
 
-register_gradient(_forward, _backward, CarmaArguments, num_losses=2, function="the CARMA losses")
+_operation = Operation(
+    "torch_carma_terms",
+    "the CARMA losses",
+    CARMA_SCHEMA,
+    _Problem,
+    forward=_forward,
+    empty=_empty,
+    num_results=len(Terms._fields) + len(_Saved._fields),
+    num_outputs=len(Terms._fields),
+    kept=(1, *range(len(Terms._fields), len(Terms._fields) + len(_Saved._fields))),
+    backward=_backward,
+    empty_backward=_empty_backward,
+)
+
+
+def _of_each(arrived: tuple[Tensor, float] | None, num_layers: int) -> Tensor | None:
+    """The gradient that arrives for each layer."""
+    if arrived is None:
+        return None
+    gradient, factor = arrived
+    return (gradient * factor).expand(num_layers)
 
 
 def _rows(problem: _Problem, arithmetic: ContrastiveMI | ListedMI | None) -> tuple[LayerRows, int]:

@@ -8,17 +8,16 @@ with `G` the upstream gradient (the dot product has r = 1 and no second term).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
+from carma_kernels._autograd import Operation
 from carma_kernels._operators import (
     SIMILARITY_SCHEMA,
     SimilarityArguments,
     empty_gradients,
     layer_views,
-    register_gradient,
     similarity_arguments,
 )
 from carma_kernels._terms import Similarity
@@ -41,7 +40,7 @@ def pairwise_similarity(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """`[len(layers), B, T, T]` in `out_dtype`: see `carma_kernels.pairwise_similarity`."""
-    matrix: Tensor = _forward(*similarity_arguments(hidden, layers, similarity, mask, out_dtype))
+    (matrix,) = _operation(_Problem(*similarity_arguments(hidden, layers, similarity, mask, out_dtype)))
     return matrix
 
 
@@ -62,11 +61,7 @@ class _Problem(SimilarityArguments):
         return inverse(temperature, compute_dtype(self.hidden[0].dtype))
 
 
-@library.custom_op(
-    "carma_kernels::torch_pairwise_similarity", mutates_args=(), schema=f"({SIMILARITY_SCHEMA}) -> Tensor"
-)
-def _forward(*arguments: Any) -> Tensor:
-    problem = _Problem(*arguments)
+def _forward(problem: _Problem) -> tuple[Tensor]:
     out = _empty_matrix(problem)
     B, T, D = problem.layers[0].shape
     with own_precision(out.device):
@@ -74,12 +69,7 @@ def _forward(*arguments: Any) -> Tensor:
         scale = problem.inverse_temperature
         for place, layer in enumerate(range(*problem.range)):
             out[place].copy_(_scores(rows[layer].view(B, T, D), problem.cosine, problem.mask, scale)[0])
-    return out
-
-
-@_forward.register_fake
-def _(*arguments: Any) -> Tensor:
-    return _empty_matrix(_Problem(*arguments))
+    return (out,)
 
 
 def _empty_matrix(problem: _Problem) -> Tensor:
@@ -87,22 +77,16 @@ def _empty_matrix(problem: _Problem) -> Tensor:
     return problem.hidden[0].new_empty((len(range(*problem.range)), B, T, T), dtype=problem.out_dtype)
 
 
-@library.custom_op(
-    "carma_kernels::torch_pairwise_similarity_backward",
-    mutates_args=(),
-    schema=(
-        f"(Tensor grad, Tensor[] kept, bool[] needs_grad, bool needs_work, {SIMILARITY_SCHEMA}) -> (Tensor[], Tensor)"
-    ),
-)
 def _backward(
-    grad: Tensor,
-    kept: list[Tensor],  # noqa: ARG001
+    problem: _Problem,
+    upstream: tuple[Tensor | None, ...],
+    _kept: list[Tensor],
     needs_grad: list[bool],
     needs_work: bool,
-    *arguments: Any,
 ) -> tuple[list[Tensor], Tensor]:
     """The gradients of the hidden states that need one, and `-tau` times that of the temperature."""
-    problem = _Problem(*arguments)
+    (grad,) = upstream
+    assert grad is not None
     layers = problem.layers
     B, T, D = layers[0].shape
     dtype = compute_dtype(layers[0].dtype)
@@ -118,10 +102,10 @@ def _backward(
             if layer not in receiver and not needs_work:
                 continue
             score, side, valid = _scores(rows[layer].view(B, T, D), problem.cosine, problem.mask, scale)
-            upstream = grad[place].to(dtype)  # [B, T, T]
+            arriving = grad[place].to(dtype)  # [B, T, T]
             if problem.mask is not None:  # zeroed, not multiplied: what arrives for masked entries may be anything
-                upstream = torch.where(problem.mask[:, :, None] & problem.mask[:, None], upstream, 0.0)
-            weight = upstream + upstream.transpose(1, 2)
+                arriving = torch.where(problem.mask[:, :, None] & problem.mask[:, None], arriving, 0.0)
+            weight = arriving + arriving.transpose(1, 2)
             projection = (weight * score).sum(-1, keepdim=True)  # [B, T, 1]
             work += projection.sum() / 2
             if layer not in receiver:
@@ -136,14 +120,24 @@ def _backward(
     return gradients, work
 
 
-@_backward.register_fake
-def _(*upstream_and_arguments: Any) -> tuple[list[Tensor], Tensor]:
-    needs_grad, _, *arguments = upstream_and_arguments[2:]
-    hidden = _Problem(*arguments).hidden
+def _empty_backward(problem: _Problem, needs_grad: list[bool]) -> tuple[list[Tensor], Tensor]:
+    hidden = problem.hidden
     return empty_gradients(hidden, needs_grad), hidden[0].new_zeros((), dtype=compute_dtype(hidden[0].dtype))
 
 
-register_gradient(_forward, _backward, SimilarityArguments, num_losses=1, function="pairwise_similarity")
+_operation = Operation(
+    "torch_pairwise_similarity",
+    "pairwise_similarity",
+    SIMILARITY_SCHEMA,
+    _Problem,
+    forward=_forward,
+    empty=lambda problem: (_empty_matrix(problem),),
+    num_results=1,
+    num_outputs=1,
+    kept=(),
+    backward=_backward,
+    empty_backward=_empty_backward,
+)
 
 
 def _scores(tokens: Tensor, cosine: bool, mask: Tensor | None, scale: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:

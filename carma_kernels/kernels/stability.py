@@ -72,45 +72,74 @@ def _stability_forward_kernel(
 
 
 @triton.jit
-def _row_sum(row_ptr, width, BLOCK: tl.constexpr):
-    """Sum of `width` numbers, always in the same order."""
-    total = tl.zeros((BLOCK,), tl.float32)
+def _row_sums(row_ptr, exists, width, LAYERS: tl.constexpr, BLOCK: tl.constexpr):
+    """Sums of `width` numbers from each of `row_ptr` `[LAYERS]` on, in a fixed order; 0 where there is no row."""
+    total = tl.zeros((LAYERS, BLOCK), tl.float32)
     for first in range(0, width, BLOCK):
-        offset = first + tl.arange(0, BLOCK)
-        total += tl.load(row_ptr + offset, mask=offset < width, other=0.0)
-    return tl.sum(total, 0)
+        column = first + tl.arange(0, BLOCK)
+        total += tl.load(
+            row_ptr[:, None] + column[None, :], mask=exists[:, None] & (column < width)[None, :], other=0.0
+        )
+    return tl.sum(total, 1)
 
 
-@kernel("mi_width", "width", "walked", "first", "num_mi", "num_steps")
+@kernel("mi_width", "width", "walked", "first", "num_mi", "num_steps", "mi_weight", "stability_weight", "eps")
 def _finalize_kernel(
     mi_partials_ptr,  # [num_mi, mi_width]
-    sums_ptr,  # [num_mi] out
+    divisor_ptr,  # 0-d, of the MI loss's sums over pairs
     num_mi,
     mi_width,
     partials_ptr,  # [2 * walked + 1, width] of the stability loss, see `_stability_forward_kernel`
-    losses_ptr,  # [num_steps] out, r_l
-    scale_ptr,  # [num_steps] out, k_l
     num_steps,
     width,
     walked,
     first,  # the stability loss's first layer among those walked
     D,
     eps,
+    mi_weight,  # in the total
+    stability_weight,
+    means_ptr,  # [num_mi] out
+    losses_ptr,  # [num_steps] out, r_l
+    scale_ptr,  # [num_steps] out, k_l
+    mi_ptr,  # 0-d out, the mean of the means
+    stability_ptr,  # 0-d out, the sum of r_l
+    loss_ptr,  # 0-d out, the total
+    LAYERS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid: the larger of `num_mi` and `num_steps`. From partial sums to the losses of each layer."""
-    at = pid64(0)
-    if at < num_mi:
-        tl.store(sums_ptr + at, _row_sum(mi_partials_ptr + at * mi_width, mi_width, BLOCK))
-    if at < num_steps:
-        energy = partials_ptr + (first + at) * width
-        energies = _row_sum(energy, width, BLOCK) + _row_sum(energy + width, width, BLOCK)
-        change = _row_sum(energy + (walked + 1).to(tl.int64) * width, width, BLOCK)
-        rows = _row_sum(partials_ptr + 2 * walked.to(tl.int64) * width, width, BLOCK)
-        count = tl.maximum(rows * D, 1.0)
+    """Grid: one program. From partial sums to the losses of each layer, some layers at a time, and to the total.
+
+    A single program, because the total needs all layers: what several would save is less than another launch takes.
+    """
+    at = tl.arange(0, LAYERS)
+    divisor = tl.load(divisor_ptr)
+    mi = 0.0
+    for start in range(0, num_mi, LAYERS):
+        layer = start + at
+        exists = layer < num_mi
+        mean = _row_sums(mi_partials_ptr + layer.to(tl.int64) * mi_width, exists, mi_width, LAYERS, BLOCK) / divisor
+        tl.store(means_ptr + layer, mean, mask=exists)
+        mi += tl.sum(tl.where(exists, mean, 0.0), 0)
+    mi /= tl.maximum(num_mi, 1)
+
+    rows = _row_sums(partials_ptr + 2 * walked.to(tl.int64) * width + at, at == 0, width, LAYERS, BLOCK)
+    count = tl.maximum(tl.sum(rows, 0) * D, 1.0)
+    stability = 0.0
+    for start in range(0, num_steps, LAYERS):
+        step = start + at
+        exists = step < num_steps
+        energy = partials_ptr + (first + step).to(tl.int64) * width
+        energies = _row_sums(energy, exists, width, LAYERS, BLOCK)
+        energies += _row_sums(energy + width, exists, width, LAYERS, BLOCK)
+        change = _row_sums(energy + (walked + 1).to(tl.int64) * width, exists, width, LAYERS, BLOCK)
         denominator = energies / count + eps
-        tl.store(losses_ptr + at, change / count / denominator)
-        tl.store(scale_ptr + at, 2.0 / (count * denominator))
+        loss = change / count / denominator
+        tl.store(losses_ptr + step, loss, mask=exists)
+        tl.store(scale_ptr + step, 2.0 / (count * denominator), mask=exists)
+        stability += tl.sum(tl.where(exists, loss, 0.0), 0)
+    tl.store(mi_ptr, mi)
+    tl.store(stability_ptr, stability)
+    tl.store(loss_ptr, mi_weight * mi + stability_weight * stability)
 
 
 @triton.jit

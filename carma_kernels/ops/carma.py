@@ -2,34 +2,34 @@
 
 Short groups of tokens take one kernel each way for both losses (`short`). Otherwise one read of the hidden states makes
 the stability loss's sums and the norms for the MI loss, whose backward then adds the stability loss's stencil to what
-it writes; layers outside the MI loss are written by the stability loss's own backward.
-
-Registered as operators, so that `torch.compile` takes them as they are, with the same bits, and selective activation
-checkpointing sees them by name.
+it writes; layers outside the MI loss are written by the stability loss's own backward. The last kernel of the forward
+makes the total; its gradient goes to the kernels of the backward as it arrives.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
+from carma_kernels._autograd import Operation
 from carma_kernels._operators import (
     CARMA_SCHEMA,
     CarmaArguments,
+    CarmaUpstream,
     carma_arguments,
     empty_gradients,
-    register_gradient,
-    terms_and_gradients,
+    totals,
 )
 from carma_kernels._ranks import RankTable
-from carma_kernels._terms import Gradients, MITerm, StabilityTerm
+from carma_kernels._terms import Gradients, MITerm, StabilityTerm, Terms
 from carma_kernels.distributed import join_terms
 from carma_kernels.ops.layers import (
     LayerTable,
+    OnDevice,
     ScaledSimilarity,
     Upstream,
     check_dtype,
@@ -56,31 +56,28 @@ _BOUNDED = 35.0
 
 def carma_terms(
     hidden: Tensor | Sequence[Tensor], mi: MITerm | None, stability: StabilityTerm | None, group: str | None = None
-) -> tuple[Tensor, Tensor]:
-    """Both losses, unreduced, of hidden states `[L, B, T, D]` or L times `[B, T, D]`; of the joined batch of a `group`.
+) -> Terms:
+    """Both losses of hidden states `[L, B, T, D]` or L times `[B, T, D]`; of the joined batch of a `group`.
 
-    Returns:
-        The MI loss of each of `mi.layers`, summed over the pairs, `[len(mi.layers)]`, and the stability loss of each
-        layer of `stability.layers` with the next, `[len(stability.layers) - 1]`; fp32. Empty for a term that is None.
-        Both are connected to every layer and, where it is a tensor, to the temperature.
+    Connected to every layer and, where it is a tensor, to the temperature.
     """
-    sums, losses, *_ = _forward(*_arguments(hidden, mi, stability, group))
-    return sums, losses
+    return Terms(*_operation(_asked(hidden, mi, stability, group)))
 
 
 def carma_terms_and_gradients(
     hidden: Sequence[Tensor], mi: MITerm | None, stability: StabilityTerm | None, group: str | None = None
-) -> tuple[Tensor, Tensor, Gradients]:
+) -> tuple[Terms, Gradients]:
     """The same of L times `[B, T, D]`, connected to nothing, and what makes the gradients of some of the layers."""
-    return terms_and_gradients(_forward, _backward, _arguments(hidden, mi, stability, group))
+    terms, gradients = _operation.apart(_asked(hidden, mi, stability, group))
+    return Terms(*terms), gradients
 
 
-def _arguments(
+def _asked(
     hidden: Tensor | Sequence[Tensor], mi: MITerm | None, stability: StabilityTerm | None, group: str | None
-) -> CarmaArguments:
+) -> _Problem:
     arguments = carma_arguments(hidden, mi, stability, group, _tables)
     check_dtype(arguments.hidden[0])
-    return arguments
+    return _Problem(*arguments)
 
 
 def _tables(table: ContrastTable) -> list[Tensor]:
@@ -104,10 +101,6 @@ class _Problem(CarmaArguments):
     def mask_bytes(self) -> Tensor | None:
         """The stability term's valid rows `[B*T]` uint8."""
         return None if self.mask is None else self.mask.contiguous().view(-1).view(torch.uint8)
-
-    def readable(self) -> LayerTable:
-        """The hidden states, and `1/tau` with them."""
-        return readable(self.layers, 1.0 / self.temperature_value)
 
     def mi_term(self, scale: Tensor) -> ShortMI | _LongMI | None:
         """What computes the MI term with `1/tau`, 0-d fp32; None if it has no pair."""
@@ -184,23 +177,32 @@ class _Saved(NamedTuple):
         return self.z, self.work
 
 
-@library.custom_op(
-    "carma_kernels::triton_carma_terms",
-    mutates_args=(),
-    schema=f"({CARMA_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def _forward(*arguments: Any) -> tuple[Tensor, ...]:
-    problem = _Problem(*arguments)
+def _forward(problem: _Problem) -> tuple[Tensor, ...]:
+    """`Terms`, and what is saved."""
     with on_device(problem.hidden[0].device):
-        hidden = problem.readable()
-        term = problem.mi_term(inverse_temperature(problem.temperature, hidden))
-        sums, losses, saved = _empty_results(problem, term)
+        # divided by once the sums are those of the joined batch, if there is one
+        divisor_value = problem.divisor_value if problem.group is None else 1.0
+        (scale, divisor), hidden, _ = OnDevice.of(
+            (1.0 / problem.temperature_value, divisor_value), readable(problem.layers)
+        )
+        if problem.group is None and problem.divisor is not None:
+            divisor = problem.divisor.detach().to(torch.float32)
+        term = problem.mi_term(inverse_temperature(problem.temperature, scale))
+        terms, saved = _empty_results(problem, term)
         mi_partials, partials = _partial_sums(problem, term, hidden, saved)
-        D = hidden.shape[2]
-        finalize(mi_partials, sums, partials, problem.stability_layers, (losses, saved.scale), D, problem.eps)
+        layers, D = problem.stability_layers, hidden.shape[2]
+        finalize(mi_partials, divisor, partials, layers, D, problem.eps, problem.weights, terms, saved.scale)
         if problem.group is not None:
-            join_terms(problem.group, sums, losses, saved.scale, problem.layers[0], problem.mask)
-    return sums, losses, *saved
+            terms = _joined(problem, problem.group, terms, saved.scale)
+    return *terms, *saved
+
+
+def _joined(problem: _Problem, group: str, terms: Terms, scale: Tensor) -> Terms:
+    """The terms of the group's joined batch, from the sums of this rank's."""
+    sums, losses = terms.mi_per_layer, terms.stability_per_layer
+    join_terms(group, sums, losses, scale, problem.layers[0], problem.mask)
+    means = sums / (problem.divisor_value if problem.divisor is None else problem.divisor)
+    return Terms(means, losses, *totals(problem, means, losses))
 
 
 def _partial_sums(
@@ -217,94 +219,93 @@ def _partial_sums(
     return term.forward(hidden, saved), partials
 
 
-@_forward.register_fake
-def _(*arguments: Any) -> tuple[Tensor, ...]:
-    problem = _Problem(*arguments)
+def _empty(problem: _Problem) -> tuple[Tensor, ...]:
     no_number = problem.hidden[0].new_empty((), dtype=torch.float32)
-    sums, losses, saved = _empty_results(problem, problem.mi_term(no_number))
-    return sums, losses, *saved
+    terms, saved = _empty_results(problem, problem.mi_term(no_number))
+    return *terms, *saved
 
 
-def _empty_results(problem: _Problem, term: ShortMI | _LongMI | None) -> tuple[Tensor, Tensor, _Saved]:
+def _empty_results(problem: _Problem, term: ShortMI | _LongMI | None) -> tuple[Terms, _Saved]:
     layer = problem.layers[0]
     B, T, _ = layer.shape
     norms = (len(problem.mi_layers), B * T) if term is not None and problem.cosine else (0, B * T)
-    state_shapes = ((0,), (0,)) if term is None else term.state_shapes
+    state_shapes: tuple[tuple[int, ...], ...] = ((0,), (0,)) if term is None else term.state_shapes
     steps = max(0, len(problem.stability_layers) - 1)
-    results = (
-        layer.new_empty(shape, dtype=torch.float32)
-        for shape in ((len(problem.mi_layers),), (steps,), (steps,), norms, *state_shapes)
-    )
-    sums, losses, *saved = results
-    return sums, losses, _Saved(*saved)
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=layer.device)
+
+    terms = Terms(empty(len(problem.mi_layers)), empty(steps), empty(), empty(), empty())
+    return terms, _Saved(empty(steps), empty(*norms), *(empty(*shape) for shape in state_shapes))
 
 
-@library.custom_op(
-    "carma_kernels::triton_carma_terms_backward",
-    mutates_args=(),
-    schema=(
-        "(Tensor? grad_sums, Tensor? grad_losses, Tensor[] kept, bool[] needs_grad, bool needs_work, "
-        f"{CARMA_SCHEMA}) -> (Tensor[], Tensor)"
-    ),
-)
 def _backward(
-    grad_sums: Tensor | None,
-    grad_losses: Tensor | None,
+    problem: _Problem,
+    upstream: tuple[Tensor | None, ...],
     kept: list[Tensor],
     needs_grad: list[bool],
     needs_work: bool,
-    *arguments: Any,
 ) -> tuple[list[Tensor], Tensor]:
     """The gradients of the hidden states that need one, and `-tau` times that of the temperature."""
-    problem = _Problem(*arguments)
     losses, *saved = kept
     with on_device(losses.device):
-        return _gradients(problem, (grad_sums, grad_losses), losses, _Saved(*saved), needs_grad, needs_work)
+        return _gradients(problem, CarmaUpstream(*upstream), losses, _Saved(*saved), needs_grad, needs_work)
 
 
-@_backward.register_fake
-def _(*upstream_and_arguments: Any) -> tuple[list[Tensor], Tensor]:
-    needs_grad, _, *arguments = upstream_and_arguments[3:]
-    problem = _Problem(*arguments)
+def _empty_backward(problem: _Problem, needs_grad: list[bool]) -> tuple[list[Tensor], Tensor]:
     return empty_gradients(problem.hidden, needs_grad), problem.hidden[0].new_zeros((), dtype=torch.float32)
 
 
 def _gradients(
     problem: _Problem,
-    grads: tuple[Tensor | None, Tensor | None],
+    arrived: CarmaUpstream,
     losses: Tensor,
     saved: _Saved,
     needs_grad: list[bool],
     needs_work: bool,
 ) -> tuple[list[Tensor], Tensor]:
-    grad_sums, grad_losses = grads
-    hidden = problem.readable()
+    of_sums, of_changes = arrived.of_sums(problem), arrived.of_changes(problem)
     gradients = empty_gradients(problem.hidden, needs_grad)
-    out = destinations(problem.hidden, gradients, needs_grad)
-    has_stability = grad_losses is not None and len(losses) > 0
+    (scale,), hidden, out = OnDevice.of(
+        (1.0 / problem.temperature_value,),
+        readable(problem.layers),
+        destinations(problem.hidden, gradients, needs_grad),
+    )
+    has_stability = of_changes is not None and len(losses) > 0
     stability = StabilityGradient(
         problem.stability_layers if has_stability else range(0),
         problem.mask_bytes,
         losses if has_stability else losses[:0],
         saved.scale,
-        Upstream(grad_losses if grad_losses is not None else losses[:0]),
+        Upstream(losses) if of_changes is None else Upstream(*of_changes),
     )
-    term = None
-    if grad_sums is not None:
-        term = problem.mi_term(inverse_temperature(problem.temperature, hidden))
+    term = None if of_sums is None else problem.mi_term(inverse_temperature(problem.temperature, scale))
     work: Tensor | None = None
-    if term is None or grad_sums is None:
+    if term is None or of_sums is None:
         if out is not None:
             stability_backward(hidden, stability, out, skipped=range(0))
     elif isinstance(term, ShortMI):
         if out is not None:
-            term.backward(hidden, saved.inverse_norms, saved.z, Upstream(grad_sums), stability, out)
+            term.backward(hidden, saved.inverse_norms, saved.z, Upstream(*of_sums), stability, out)
         work = saved.work.sum(1) if needs_work else None
     else:
-        work = term.backward(hidden, saved, Upstream(grad_sums), stability, out, needs_work)
-    if work is None or grad_sums is None:
-        return gradients, losses.new_zeros(())
-    return gradients, (grad_sums * work).sum()
+        work = term.backward(hidden, saved, Upstream(*of_sums), stability, out, needs_work)
+    if work is None or of_sums is None:
+        return gradients, losses.new_empty(())  # which nobody reads
+    gradient, factor = of_sums
+    return gradients, (gradient * factor * work).sum()
 
 
-register_gradient(_forward, _backward, CarmaArguments, num_losses=2, function="the CARMA losses")
+_operation = Operation(
+    "triton_carma_terms",
+    "the CARMA losses",
+    CARMA_SCHEMA,
+    _Problem,
+    forward=_forward,
+    empty=_empty,
+    num_results=len(Terms._fields) + len(_Saved._fields),
+    num_outputs=len(Terms._fields),
+    kept=(1, *range(len(Terms._fields), len(Terms._fields) + len(_Saved._fields))),
+    backward=_backward,
+    empty_backward=_empty_backward,
+)

@@ -150,8 +150,7 @@ def _carma(
         matched = 5.0 if learned else None
         mi_term = MITerm(range(3), table, Similarity(cosine, temperature), matched) if mi else None
         stability_term = StabilityTerm(range(3), mask, 1e-8) if stability else None
-        sums, changes = carma_terms(_hidden(T, D, dtype), mi_term, stability_term)
-        (sums.sum() + changes.sum()).backward()
+        carma_terms(_hidden(T, D, dtype), mi_term, stability_term).loss.backward()
 
     return run
 
@@ -162,8 +161,7 @@ def _listed(D: int, cosine: bool, stability: bool) -> Problem:
         pairs = PairIndex(zeros, zeros, zeros[:, None].expand(4, 5).contiguous(), (1, 16))
         mi_term = MITerm(range(3), pairs, Similarity(cosine, 0.1), None)
         stability_term = StabilityTerm(range(3), None, 1e-8) if stability else None
-        sums, changes = carma_terms(_hidden(16, D, dtype), mi_term, stability_term)
-        (sums.sum() + changes.sum()).backward()
+        carma_terms(_hidden(16, D, dtype), mi_term, stability_term).loss.backward()
 
     return run
 

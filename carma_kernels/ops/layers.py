@@ -6,9 +6,9 @@ import struct
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -27,31 +27,24 @@ class LayerTable:
 
     layers: tuple[Tensor | None, ...]
     """`[B, T, D]` each, contiguous; None for a layer that gets no gradient. Keeps the addresses valid."""
-    number: float = 0.0
-    """goes to the device with the addresses"""
+    on_device: Tensor | None = None
+    """`[L]` int64, the addresses where kernels read them, if they are there already"""
 
     @cached_property
-    def _on_device(self) -> Tensor:
-        """The number's bits, an int64 that leaves what follows aligned, and the addresses."""
-        addresses = [0 if layer is None else layer.data_ptr() for layer in self.layers]
-        return copied_to([_fp32_bits(self.number), 0, *addresses], self.present.device)
+    def _on_host(self) -> list[int]:
+        return [0 if layer is None else layer.data_ptr() for layer in self.layers]
 
-    @property
+    @cached_property
     def addresses(self) -> Tensor:
         """`[L]` int64 on the layers' device, 0 for None."""
-        return self._on_device[2:]
+        return copied_to(self._on_host, self.present.device) if self.on_device is None else self.on_device
 
-    @property
-    def scalar(self) -> Tensor:
-        """The number, 0-d fp32 on the layers' device."""
-        return self._on_device.view(torch.float32)[0]
-
-    @property
+    @cached_property
     def present(self) -> Tensor:
         """A layer that is there."""
         return next(layer for layer in self.layers if layer is not None)
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int, int]:
         """`(B, T, D)`."""
         B, T, D = self.present.shape
@@ -60,12 +53,32 @@ class LayerTable:
     @cached_property
     def alignment(self) -> int:
         """Of every layer, in bytes: 16, or what a single element needs."""
-        element = self.present.element_size()
-        return 16 if all(layer is None or layer.data_ptr() % 16 == 0 for layer in self.layers) else element
+        return self.present.element_size() if any(address % 16 for address in self._on_host) else 16
 
     def __len__(self) -> int:
         """`L`."""
         return len(self.layers)
+
+
+class OnDevice(NamedTuple):
+    """What kernels read beside the layers themselves, which went to the device in one copy."""
+
+    numbers: tuple[Tensor, ...]
+    """0-d fp32 each, as they were given"""
+    hidden: LayerTable
+    out: LayerTable | None
+
+    @classmethod
+    def of(cls, numbers: Sequence[float], hidden: LayerTable, out: LayerTable | None = None) -> OnDevice:
+        """Of some numbers, the hidden states, and the places of their gradients."""
+        bits = [_fp32_bits(number) for number in numbers]
+        table = copied_to([*bits, *hidden._on_host, *(out._on_host if out else [])], hidden.present.device)
+        first, last = len(bits), len(bits) + len(hidden)
+        return cls(
+            table.view(torch.float32)[: 2 * first : 2].unbind(0),
+            replace(hidden, on_device=table[first:last]),
+            replace(out, on_device=table[last:]) if out else None,
+        )
 
 
 @dataclass(frozen=True)
@@ -103,7 +116,7 @@ def check_dtype(hidden: Tensor) -> None:
         )
 
 
-def readable(layers: Sequence[Tensor], number: float = 0.0) -> LayerTable:
+def readable(layers: Sequence[Tensor]) -> LayerTable:
     """The layers as kernels read them, row after row: one that lies otherwise is refused, since a copy has its price.
 
     Raises:
@@ -116,7 +129,7 @@ def readable(layers: Sequence[Tensor], number: float = 0.0) -> LayerTable:
                 "backend reads contiguous layers. Pass layer.contiguous(), a copy whose gradient flows back to it, or "
                 "use backend='torch', which copies such layers one at a time."
             )
-    return LayerTable(tuple(layers), number)
+    return LayerTable(tuple(layers))
 
 
 def destinations(
@@ -147,9 +160,9 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def inverse_temperature(temperature: Tensor | None, hidden: LayerTable) -> Tensor:
-    """`1/tau`, 0-d fp32 on the device; the hidden states' `number` if tau is one."""
-    return hidden.scalar if temperature is None else temperature.detach().to(torch.float32).reciprocal()
+def inverse_temperature(temperature: Tensor | None, value: Tensor) -> Tensor:
+    """`1/tau`, 0-d fp32 on the device; `value` if tau is a number."""
+    return value if temperature is None else temperature.detach().to(torch.float32).reciprocal()
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:

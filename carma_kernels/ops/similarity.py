@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
 from carma_kernels import _runtime
+from carma_kernels._autograd import Operation
 from carma_kernels._operators import (
     SIMILARITY_SCHEMA,
     SimilarityArguments,
     empty_gradients,
     layer_views,
-    register_gradient,
     similarity_arguments,
 )
 from carma_kernels._terms import Similarity
@@ -27,6 +27,7 @@ from carma_kernels.kernels.similarity import (
 )
 from carma_kernels.ops.layers import (
     LayerTable,
+    OnDevice,
     ceil_div,
     check_dtype,
     constants,
@@ -62,7 +63,7 @@ def pairwise_similarity(
             f"hidden_states have sequences of {T} tokens with {D} numbers each; the triton backend takes sequences of "
             "up to 2^31 - 1 numbers. Use backend='torch'."
         )
-    matrix: Tensor = _forward(*arguments)[0]
+    (matrix,) = _operation(_Problem(*arguments))
     return matrix
 
 
@@ -77,12 +78,8 @@ class _Problem(SimilarityArguments):
         return layer_views(self.hidden)[slice(*self.range)]
 
 
-@library.custom_op(
-    "carma_kernels::triton_pairwise_similarity", mutates_args=(), schema=f"({SIMILARITY_SCHEMA}) -> (Tensor, Tensor)"
-)
-def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _forward(problem: _Problem) -> tuple[Tensor, Tensor]:
     """The matrix, and the inverse norms `[L, B, T]`."""
-    problem = _Problem(*arguments)
     matrix, inverse_norm = _empty_results(problem)
     if matrix.numel():
         with on_device(matrix.device):
@@ -91,11 +88,6 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
                 launches.norms()
             launches.forward(launches.inverse_temperature, matrix)
     return matrix, inverse_norm
-
-
-@_forward.register_fake
-def _(*arguments: Any) -> tuple[Tensor, Tensor]:
-    return _empty_results(_Problem(*arguments))
 
 
 def _empty_results(problem: _Problem) -> tuple[Tensor, Tensor]:
@@ -109,18 +101,16 @@ def _empty_results(problem: _Problem) -> tuple[Tensor, Tensor]:
     )
 
 
-@library.custom_op(
-    "carma_kernels::triton_pairwise_similarity_backward",
-    mutates_args=(),
-    schema=(
-        f"(Tensor grad, Tensor[] kept, bool[] needs_grad, bool needs_work, {SIMILARITY_SCHEMA}) -> (Tensor[], Tensor)"
-    ),
-)
 def _backward(
-    grad: Tensor, kept: list[Tensor], needs_grad: list[bool], needs_work: bool, *arguments: Any
+    problem: _Problem,
+    upstream: tuple[Tensor | None, ...],
+    kept: list[Tensor],
+    needs_grad: list[bool],
+    needs_work: bool,
 ) -> tuple[list[Tensor], Tensor]:
     """The gradients of the hidden states that need one, and, if asked for, `-tau` times that of the temperature."""
-    problem = _Problem(*arguments)
+    (grad,) = upstream
+    assert grad is not None
     (inverse_norm,) = kept
     gradients = empty_gradients(problem.hidden, needs_grad)
     all_out = destinations(problem.hidden, gradients, needs_grad)
@@ -135,12 +125,12 @@ def _backward(
     if not grad.numel() or not (has_destination or needs_work):
         return gradients, work
     with on_device(grad.device):
-        launches = _Launches(problem, inverse_norm)
+        launches = _Launches(problem, inverse_norm, LayerTable(out) if has_destination else None)
         grad = grad.contiguous()
         scale = launches.inverse_temperature
         projection = launches.projection(grad) if problem.cosine or needs_work else None
         if has_destination:
-            launches.backward(scale, grad, projection, LayerTable(out))
+            launches.backward(scale, grad, projection)
         if needs_work and projection is not None:  # sum of G s = half of sum_i r_i c_i / tau
             projection = projection.sum(2)  # [L, B, T]
             if problem.cosine:
@@ -149,32 +139,39 @@ def _backward(
     return gradients, work
 
 
-@_backward.register_fake
-def _(*upstream_and_arguments: Any) -> tuple[list[Tensor], Tensor]:
-    needs_grad, _, *arguments = upstream_and_arguments[2:]
-    hidden = _Problem(*arguments).hidden
+def _empty_backward(problem: _Problem, needs_grad: list[bool]) -> tuple[list[Tensor], Tensor]:
+    hidden = problem.hidden
     return empty_gradients(hidden, needs_grad), hidden[0].new_zeros((), dtype=torch.float32)
 
 
-register_gradient(_forward, _backward, SimilarityArguments, num_losses=1, function="pairwise_similarity")
+_operation = Operation(
+    "triton_pairwise_similarity",
+    "pairwise_similarity",
+    SIMILARITY_SCHEMA,
+    _Problem,
+    forward=_forward,
+    empty=_empty_results,
+    num_results=2,
+    num_outputs=1,
+    kept=(1,),
+    backward=_backward,
+    empty_backward=_empty_backward,
+)
 
 
 class _Launches:
     """The launches over one problem's layers."""
 
-    def __init__(self, problem: _Problem, inverse_norm: Tensor) -> None:
-        """Take a problem and its inverse norms, which `norms` writes and the others read."""
-        self._hidden = readable(problem.layers, 1.0 / problem.temperature_value)
-        self._temperature = problem.temperature
+    def __init__(self, problem: _Problem, inverse_norm: Tensor, out: LayerTable | None = None) -> None:
+        """Take a problem, its inverse norms, which `norms` writes and the others read, and where gradients go."""
+        (value,), self._hidden, self._out = OnDevice.of(
+            (1.0 / problem.temperature_value,), readable(problem.layers), out
+        )
+        self.inverse_temperature = inverse_temperature(problem.temperature, value)
         self._inverse_norm = inverse_norm
         self._mask = problem.mask.contiguous().view(torch.uint8) if problem.mask is not None else None
         self._cosine = problem.cosine
         self._grid = (len(self._hidden), *self._hidden.shape)  # L, B, T, D
-
-    @property
-    def inverse_temperature(self) -> Tensor:
-        """`1/tau`, 0-d on the device."""
-        return inverse_temperature(self._temperature, self._hidden)
 
     def norms(self) -> None:
         L, B, T, D = self._grid
@@ -234,7 +231,8 @@ class _Launches:
         )
         return projection
 
-    def backward(self, scale: Tensor, grad: Tensor, projection: Tensor | None, out: LayerTable) -> None:
+    def backward(self, scale: Tensor, grad: Tensor, projection: Tensor | None) -> None:
+        assert self._out is not None
         L, B, T, D = self._grid
         options = self._configuration("similarity_backward")
         dtype = self._hidden.present.dtype
@@ -243,7 +241,7 @@ class _Launches:
             _similarity_backward_kernel,
             (pieces, B, L),
             self._hidden.addresses,
-            out.addresses,
+            self._out.addresses,
             self._mask,
             self._inverse_norm,
             scale,
@@ -254,7 +252,7 @@ class _Launches:
             projection.shape[2] if projection is not None else 0,
             PRECISION="tf32" if dtype == torch.float16 else dot_precision(dtype),
             **self._flags,
-            **constants(self._hidden, out),
+            **constants(self._hidden, self._out),
             **options,
         )
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from carma_kernels import _runtime
+from carma_kernels._terms import Terms
 from carma_kernels.kernels import launch, stability
 from carma_kernels.ops.layers import LayerTable, Upstream, ceil_div, constants, hull, target
 
-_FINALIZE_BLOCK = 1024
+_FINALIZE = {"LAYERS": 16, "BLOCK": 512, "num_warps": 16}
 
 
 @dataclass(frozen=True)
@@ -89,43 +91,50 @@ def stability_forward(
 
 def finalize(
     mi_partials: Tensor,
-    sums: Tensor,
+    divisor: Tensor,
     partials: StabilityPartials,
     layers: range,
-    results: tuple[Tensor, Tensor],
     width: int,
     eps: float,
+    weights: Sequence[float],
+    terms: Terms,
+    scale: Tensor,
 ) -> None:
     """Add up, in one launch.
 
     Args:
-        mi_partials: `[L_mi, parts]`; `[0, 0]` without MI loss.
-        sums: `[L_mi]`, gets the sums over the parts.
-        partials: of the stability loss, if `results` are not empty.
+        mi_partials: of the MI loss, `[L_mi, parts]`.
+        divisor: 0-d fp32, of the sums over these parts.
+        partials: of the stability loss, if it has steps.
         layers: the stability loss's.
-        results: `r_l` and `k_l`, `[steps]` each, overwritten.
         width: D.
         eps: of the stability loss.
+        weights: of both losses in the total.
+        terms: overwritten.
+        scale: k_l of the stability loss, `[steps]`, overwritten.
     """
-    num_mi, num_steps = len(sums), len(results[0])
-    if num_mi == num_steps == 0:
-        return
     _runtime.launch(
         stability._finalize_kernel,
-        (max(num_mi, num_steps),),
+        (1,),
         mi_partials,
-        sums,
-        num_mi,
+        divisor,
+        mi_partials.shape[0],
         mi_partials.shape[1],
         partials.sums,
-        *results,
-        num_steps,
+        scale.shape[0],
         partials.sums.shape[1],
         len(partials.walked),
         layers.start - partials.walked.start,
         width,
         eps,
-        BLOCK=_FINALIZE_BLOCK,
+        *weights,
+        terms.mi_per_layer,
+        terms.stability_per_layer,
+        scale,
+        terms.mi,
+        terms.stability,
+        terms.loss,
+        **_FINALIZE,
     )
 
 

@@ -12,7 +12,7 @@ from carma_kernels import CarmaConfig, TokenSpans
 from tests.architecture.sources import ROOT, calls, versioned_files
 
 READS = {"item", "tolist", "cpu", "numpy", "synchronize", "nonzero", "argwhere", "unique", "masked_select", "print"}
-HOT = re.compile(r"carma_kernels/((eager|ops|kernels)/.*|_operators|_terms|_validate|functional)\.py")
+HOT = re.compile(r"carma_kernels/((eager|ops|kernels)/.*|_autograd|_operators|_terms|_validate|functional)\.py")
 
 SPANS = TokenSpans.from_lists([[(0, 3), (3, 5)], []], seq_len=6, attention_mask=[[1] * 6, [0] + [1] * 5])
 

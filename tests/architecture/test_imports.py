@@ -34,12 +34,13 @@ ROOMS = {
     "_runtime": Room(set(), {"torch"}),
     "_terms": Room({"pairs", "spans"}, {"torch"}),
     "_operators": Room({"_terms", "pairs", "spans"}, {"torch"}),
+    "_autograd": Room({"_operators"}, {"torch"}),
     "kernels": Room({"_runtime"}, {"triton"}),
     "ops": Room(
-        {"_operators", "_ranks", "_runtime", "_terms", "distributed", "kernels", "pairs", "spans"},
+        {"_autograd", "_operators", "_ranks", "_runtime", "_terms", "distributed", "kernels", "pairs", "spans"},
         {"rich", "torch", "triton"},
     ),
-    "eager": Room({"_operators", "_terms", "distributed", "pairs", "spans"}, {"torch"}),
+    "eager": Room({"_autograd", "_operators", "_terms", "distributed", "pairs", "spans"}, {"torch"}),
     # the public interface
     "_small_problem": Room({"_terms", "pairs", "spans"}, {"torch"}),
     "_self_check": Room({"_small_problem", "eager"}, {"torch"}),

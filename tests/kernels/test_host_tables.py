@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from carma_kernels.ops import host_tables
-from carma_kernels.ops.layers import readable
+from carma_kernels.ops import host_tables, layers
+from carma_kernels.ops.layers import LayerTable, OnDevice, readable
 
 
 @pytest.fixture
@@ -53,11 +53,19 @@ def test_where_a_copy_comes_from(
     assert len(pinned) == int(not capturing)
 
 
+@pytest.mark.parametrize("frozen", [None, (), (1,)], ids=str)
 @pytest.mark.parametrize("number", [0.0, 10.0, 1 / 0.07, 1e300])
-def test_a_number_travels_with_the_addresses(number: float) -> None:
-    layers = [torch.randn(2, 3, 4) for _ in range(3)]
-    table = readable(layers, number)
-    assert table.addresses.tolist() == [layer.data_ptr() for layer in layers]
-    assert table.addresses.data_ptr() % 16 == table.scalar.data_ptr() % 16 == 0  # for odd numbers of layers too
-    assert table.scalar.shape == ()
-    assert table.scalar == min(torch.tensor(number), torch.tensor(torch.finfo(torch.float32).max))
+def test_numbers_and_both_tables_travel_together(number: float, frozen: tuple[int, ...] | None, monkeypatch) -> None:
+    copies: list[object] = []
+    monkeypatch.setattr(layers, "copied_to", lambda *asked: copies.append(asked) or host_tables.copied_to(*asked))
+    hidden = [torch.randn(2, 3, 4) for _ in range(3)]
+    places = [None if frozen and at in frozen else torch.empty_like(layer) for at, layer in enumerate(hidden)]
+    out = None if frozen is None else LayerTable(tuple(places))
+    there = OnDevice.of((number, 0.5), readable(hidden), out)
+    assert there.hidden.addresses.tolist() == [layer.data_ptr() for layer in hidden]
+    assert [value.shape for value in there.numbers] == [(), ()]
+    assert there.numbers == (min(torch.tensor(number), torch.tensor(torch.finfo(torch.float32).max)), 0.5)
+    assert (there.out is None) == (out is None)
+    if there.out is not None:
+        assert there.out.addresses.tolist() == [0 if place is None else place.data_ptr() for place in places]
+    assert len(copies) == 1

@@ -64,7 +64,7 @@ def run(device: str, problem: Problem, hidden: Tensor, frozen: tuple[int, ...] =
     layers = [h.to(device).requires_grad_(at not in frozen) for at, h in enumerate(hidden)]
     tau = torch.tensor(problem.tau, device=device, requires_grad=True)
     mask = valid.to(device) if problem.masked else None
-    sums, losses = ops.carma_terms(
+    sums, losses, *_ = ops.carma_terms(
         layers,
         MITerm(
             problem.mi_layers,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import csrc_ref
+from carma_kernels._terms import Terms
 from tests.cases import BF16, FP16, FP32
 
 pytest.importorskip("triton")
@@ -52,8 +53,11 @@ def forward(
     inverse_norms = torch.full((len(norms_layers), 14), torch.nan, device=device)
     partials = stability_forward(table, layers, as_bytes(mask, device), norms_layers, inverse_norms)
     losses, scale = torch.full((2, max(0, len(layers) - 1)), torch.nan, device=device).unbind()
-    nothing = torch.empty(0, 0, device=device)
-    finalize(nothing, nothing.view(-1), partials, layers, (losses, scale), hidden.shape[-1], 1e-8)
+    no_layer = torch.empty(0, 0, device=device)
+    nowhere = torch.full((3,), torch.nan, device=device).unbind()
+    terms = Terms(no_layer.view(-1), losses, *nowhere)
+    divisor = torch.ones((), device=device)
+    finalize(no_layer, divisor, partials, layers, hidden.shape[-1], 1e-8, (1.0, 1.0), terms, scale)
     return losses, scale, inverse_norms
 
 
@@ -128,6 +132,34 @@ def test_skipped_and_frozen_layers_are_not_written(device: str) -> None:
     gradient = backward(device, hidden, range(5), None, upstream, skipped=range(1, 3), frozen=(4,))
     assert gradient[[1, 2, 4]].isnan().all()
     close(gradient[[0, 3]], wanted[[0, 3]], TOLERANCE[FP32])
+
+
+@pytest.mark.parametrize("num_mi", [0, 1, 16, 37])
+@pytest.mark.parametrize("num_steps", [0, 1, 17, 33])
+def test_totals(device: str, num_mi: int, num_steps: int) -> None:
+    """Of more layers, and of more parts of each, than are added up at a time; between layers of no loss."""
+    from carma_kernels.ops.stability import StabilityPartials, finalize
+
+    generator = torch.Generator().manual_seed(num_mi)
+    mi_partials = torch.rand(num_mi, 700, generator=generator)
+    layers, walked = range(2, 3 + num_steps), range(1, 5 + num_steps)
+    sums = torch.rand(2 * len(walked) + 1, 1100, generator=generator)
+    divisor, D, eps, weights = torch.tensor(7.0), 3, 0.25, (0.5, 0.2)
+    terms = Terms(*(torch.full(shape, torch.nan, device=device) for shape in ((num_mi,), (num_steps,), (), (), ())))
+    scale = torch.full((num_steps,), torch.nan, device=device)
+    partials = StabilityPartials(sums.to(device), walked)
+    finalize(mi_partials.to(device), divisor.to(device), partials, layers, D, eps, weights, terms, scale)
+
+    means = mi_partials.double().sum(1) / 7
+    energy, change, rows = sums.double().sum(1).split([len(walked), len(walked), 1])
+    count = rows * D
+    here = slice(1, 2 + num_steps)  # of those walked
+    denominator = (energy[here][:-1] + energy[here][1:]) / count + eps
+    losses = change[here][1:] / count / denominator
+    mi, stability = means.sum() / max(1, num_mi), losses.sum()
+    wanted = Terms(means, losses, mi, stability, 0.5 * mi + 0.2 * stability)
+    for found, expected in zip((*terms, scale), (*wanted, 2 / (count * denominator)), strict=True):
+        torch.testing.assert_close(found.cpu().double(), expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("D", [1, 40, 520])

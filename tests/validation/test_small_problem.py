@@ -90,7 +90,7 @@ def test_stability_alone(mi: str | None):
     term = None if mi is None else MITerm(range(4), pairs[mi], COSINE, None)
     assert kernels_for(hidden[0], term) == "stability alone"
     problem = like_terms("stability alone", hidden, term, StabilityTerm(range(1), None, 0.5))
-    assert (problem.loss, problem.results) == ("stability_loss", ("the stability loss",))
+    assert (problem.loss, problem.results) == ("stability_loss", ("the stability loss", "their total"))
     small = asked(problem)
     assert small.mi is None
     assert (len(small.stability.layers), small.stability.eps) == (3, 0.5)
@@ -155,7 +155,7 @@ def test_what_is_constant_in_a_kernel_is_the_calls(stacked: bool, dtype: torch.d
 @pytest.mark.parametrize("stability", [None, StabilityTerm(range(1), None, 1e-8)])
 def test_no_stability_loss_without_a_step(stability: StabilityTerm | None):
     problem = like_terms("short groups", layers(2, 20, 24), table(2, 20, "sequence"), stability)
-    assert (problem.loss, problem.results) == ("mi_loss", ("the MI loss",))
+    assert (problem.loss, problem.results) == ("mi_loss", ("the MI loss", "their total"))
     assert asked(problem).stability is None
 
 
