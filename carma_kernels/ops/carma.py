@@ -291,7 +291,7 @@ def _gradients(
     else:
         work = term.backward(hidden, saved, Upstream(*of_sums), stability, out, needs_work)
     if work is None or of_sums is None:
-        return gradients, losses.new_empty(())  # which nobody reads
+        return gradients, losses.new_zeros(()) if needs_work else losses.new_empty(())
     gradient, factor = of_sums
     return gradients, (gradient * factor * work).sum()
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import carma_kernels as ck
 from tests.cases import BF16, FP32, Backend, Case
 from tests.cli.processes import ROOT
 from tests.compare import upstream_gradients
@@ -79,6 +80,44 @@ def test_replay(backend: Backend, op: Op, dtype: torch.dtype, stacked: bool, num
         graph.replay()
         torch.cuda.synchronize()
         assert all(map(same_bits, results, expected))
+
+
+def test_a_training_step(backend: Backend) -> None:
+    """Forward, both losses, backward and the optimizer's step in one graph: the same weights after some steps."""
+    generator = torch.Generator(backend.device).manual_seed(0)
+    batches = torch.randn(6, 4, 20, 32, generator=generator, device=backend.device)
+    spans = ck.TokenSpans.from_lists([[(0, 3), (4, 6), (9, 14)]] * 4, seq_len=20).to(backend.device)
+    trained = []
+    for graphed in (False, True):
+        torch.manual_seed(1)
+        blocks = torch.nn.ModuleList(torch.nn.Linear(32, 32, device=backend.device) for _ in range(3))
+        optimizer = torch.optim.AdamW(blocks.parameters(), lr=1e-2, capturable=True)
+        inputs = batches[0].clone()
+
+        def step(blocks=blocks, optimizer=optimizer, inputs=inputs) -> Tensor:
+            optimizer.zero_grad(set_to_none=True)
+            hidden = [inputs]
+            for block in blocks:
+                hidden.append(hidden[-1] + block(hidden[-1]).tanh())
+            carma = ck.carma_loss(hidden[1:], spans, backend=backend.name)
+            loss = ck.total_loss(hidden[-1].square().mean(), carma.loss, 0.3)
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        if graphed:
+            graph, (loss,) = capture(lambda step=step: (step(),))  # which makes three steps itself
+        losses = []
+        for batch in ([] if graphed else [batches[0]] * 3) + list(batches):
+            inputs.copy_(batch)
+            if graphed:
+                graph.replay()
+                losses.append(loss.clone())
+            else:
+                losses.append(step())
+        trained.append((losses[-len(batches) :], [weight.detach() for weight in blocks.parameters()]))
+    for found, expected in zip(*trained, strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 def test_two_graphs(backend: Backend, op: Op) -> None:

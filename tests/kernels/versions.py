@@ -72,7 +72,7 @@ def upstream_of_any_kind() -> None:
     def varied(given: Upstream) -> Any:
         stride = random.choice([0, 1, 2, 16])
         grad = anywhere(torch.zeros(stride * given.grad.numel() + 1))
-        grads = grad.as_strided(given.grad.shape, (stride,), grad.storage_offset())
+        grads = grad.as_strided(given.grad.shape, (stride,) * given.grad.dim(), grad.storage_offset())
         return arguments(Upstream(random.choice([grad[0], grads]), random.choice([1.0, 0.3, 16.0])))
 
     Upstream.arguments = property(varied)  # type: ignore[method-assign, assignment]
