@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tests.cases import Backend, Case
-from tests.contracts.ops import OPS, Op, make_problem
+from tests.contracts.ops import OPS, Op, make_problem, same_bits
 
 
 class Recorder(TorchDispatchMode):
@@ -39,3 +39,22 @@ def test_opcheck(backend: Backend, op: Op, stacked: bool) -> None:
     library.opcheck(forward, leaves)
     # without requires_grad: the gradient of a gradient raises
     library.opcheck(backward, tree_map_only(Tensor, lambda x: x.detach().clone(), upstream_and_inputs))
+
+
+@pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "list"])
+def test_the_same_bits_for_who_does_not_look(backend: Backend, op: Op, stacked: bool) -> None:
+    """In eager mode no operator is called, which would cost the host several times as much."""
+    problem = make_problem(op, backend, Case(D=64, stacked=stacked))
+    with Recorder() as recorder:
+        watched = problem.forward()
+        gradients = problem.gradients(watched)
+    assert len(recorder.calls) == 2
+    plain = problem.forward()
+    assert all(map(same_bits, plain, watched))
+    assert all(map(same_bits, problem.gradients(plain), gradients))
+    nodes, functions = [output.grad_fn for output in plain], set()
+    while nodes:
+        node = nodes.pop()
+        functions.add(node.name())
+        nodes += [before for before, _ in node.next_functions if before is not None]
+    assert "_EagerBackward" in functions
