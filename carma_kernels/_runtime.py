@@ -24,6 +24,8 @@ class Target:
     name: str
     shared_memory: int
     """Bytes a program may use."""
+    multiprocessors: int
+    """AMD's compute units"""
     capability: tuple[int, int] | None = None
     """NVIDIA's compute capability; None for AMD."""
 
@@ -31,15 +33,15 @@ class Target:
 TARGETS = {
     target.name: target
     for target in (
-        Target("sm_80", 163 * 1024, (8, 0)),
-        Target("sm_90", 227 * 1024, (9, 0)),
-        Target("sm_100", 227 * 1024, (10, 0)),
-        Target("gfx942", 64 * 1024),
+        Target("sm_80", 163 * 1024, 108, (8, 0)),
+        Target("sm_90", 227 * 1024, 132, (9, 0)),
+        Target("sm_100", 227 * 1024, 148, (10, 0)),
+        Target("gfx942", 64 * 1024, 304),
     )
 }
 """Those that the kernels are compiled for ahead of time"""
-INTERPRETER = Target("interpreter", 227 * 1024, (9, 0))
-"""Triton's interpreter, on tensors of any device, with the block sizes of an H100"""
+INTERPRETER = Target("interpreter", 227 * 1024, 132, (9, 0))
+"""Triton's interpreter, on tensors of any device, with the block sizes and programs of an H100"""
 
 
 MOST_SEQUENCES = 2**16 - 1
@@ -72,6 +74,11 @@ def _gpu(device: torch.device) -> Target | None:
     properties: Any = torch.cuda.get_device_properties(device)
     if torch.version.hip:
         name = properties.gcnArchName.partition(":")[0]
-        return TARGETS.get(name, Target(name, 64 * 1024))
+        return Target(name, 64 * 1024, properties.multi_processor_count)
     capability = (properties.major, properties.minor)
-    return Target("sm_{}{}".format(*capability), properties.shared_memory_per_block_optin, capability)
+    return Target(
+        "sm_{}{}".format(*capability),
+        properties.shared_memory_per_block_optin,
+        properties.multi_processor_count,
+        capability,
+    )

@@ -22,8 +22,8 @@ from carma_kernels.ops.layers import (
 )
 from carma_kernels.ops.stability import StabilityGradient, StabilityPartials
 
-_PROGRAMS = 264
-"""Two for each multiprocessor of an H100: with fewer, the columns are shared out."""
+_RESIDENT = 2
+"""Programs of the backward that a multiprocessor holds; while there are fewer, the columns are shared out."""
 _MOST_PIECES = 4
 
 
@@ -129,9 +129,9 @@ class ShortMI:
         D = hidden.shape[2]
         configuration = self._configuration("short_backward", hidden)
         blocks = S * (configuration.constants["BLOCK_T"] // configuration.constants["BLOCK_M"])
-        pieces = min(
-            ceil_div(_PROGRAMS, blocks * len(hidden)), _MOST_PIECES, ceil_div(D, configuration.constants["BLOCK_D"])
-        )
+        # as many as are resident together, not one more: the last piece would wait for a whole program to end
+        room = _RESIDENT * target(hidden.present.device).multiprocessors // (blocks * len(hidden))
+        pieces = max(1, min(room, _MOST_PIECES, ceil_div(D, configuration.constants["BLOCK_D"])))
         _runtime.launch(
             short._short_backward_kernel,
             (blocks, pieces, len(hidden)),

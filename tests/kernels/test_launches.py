@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -91,3 +93,44 @@ def test_more_sequences_than_a_grid_takes(device: str, monkeypatch: pytest.Monke
             launches(LOSSES[loss], 2, T, device)
     for loss, T in (("mi", SHORT), ("batch", LONG), ("listed", LONG), ("stability", LONG)):
         launches(LOSSES[loss], 2, T, device)
+
+
+def grids(
+    loss: Loss, shape: tuple[int, int, int], dtype: torch.dtype = torch.float32, D: int = 1
+) -> dict[str, tuple[int, ...]]:
+    """Of each kernel that a loss launches for L layers `[B, T, D]`, of shape `(L, B, T)`."""
+    L, B, T = shape
+    found: dict[str, tuple[int, ...]] = {}
+
+    def record(kernel: Any, grid: tuple[int, ...], *_: object, **__: object) -> None:
+        found[kernel.fn.__name__] = grid
+
+    spans = TokenSpans.from_lists([[(0, 2)]] * B, seq_len=T)
+    hidden = [torch.empty(B, T, D, dtype=dtype).requires_grad_() for _ in range(L)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_runtime, "launch", record)
+        loss(hidden, spans).backward()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("shape", "multiprocessors", "pieces"),
+    [
+        ((12, 16, 58), 132, 1),  # the paper's: two programs a multiprocessor hold all at once
+        ((12, 16, 58), 304, 3),
+        ((12, 11, 58), 132, 2),
+        ((12, 22, 58), 132, 1),
+        ((12, 100, 58), 132, 1),
+        ((2, 1, 58), 132, 4),
+    ],
+    ids=str,
+)
+def test_how_many_programs_share_a_groups_columns(
+    shape: tuple[int, int, int], multiprocessors: int, pieces: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One more than the device holds together would make all wait for a second round."""
+    here = replace(_runtime.TARGETS["sm_90"], multiprocessors=multiprocessors)
+    monkeypatch.setattr(_runtime, "target", lambda _device: here)
+    L, B, _ = shape
+    found = grids(LOSSES["carma"], shape, torch.bfloat16, D=768)
+    assert math.prod(found["_short_backward_kernel"]) == L * B * pieces

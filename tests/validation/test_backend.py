@@ -82,7 +82,7 @@ def too_old_on_rocm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_runtime, "target", lambda _: _runtime.Target("sm_75", 64 * 1024, (7, 5)))
+    monkeypatch.setattr(_runtime, "target", lambda _: _runtime.Target("sm_75", 64 * 1024, 72, (7, 5)))
 
 
 def broken_import(monkeypatch: pytest.MonkeyPatch) -> None:
