@@ -44,8 +44,8 @@ INTERPRETER = Target("interpreter", 227 * 1024, 132, (9, 0))
 """Triton's interpreter, on tensors of any device, with the block sizes and programs of an H100"""
 
 
-MOST_SEQUENCES = 2**16 - 1
-"""Programs along the second and third axis of a CUDA grid, where kernels for long sequences count these"""
+MOST_PROGRAMS = 2**31 - 1
+"""Along the first axis of a grid, where kernels count all that a batch may have many of"""
 
 
 def target(device: torch.device) -> Target | None:
@@ -63,7 +63,15 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
         grid: programs along each axis.
         arguments: of the kernel.
         options: its compile-time constants, and how it is compiled (`num_warps` and so on).
+
+    Raises:
+        ValueError: there are more programs than a device can number.
     """
+    if grid[0] > MOST_PROGRAMS:
+        raise ValueError(
+            f"hidden_states are so many sequences and layers that a kernel would take {grid[0]} programs; a GPU "
+            "launches up to 2^31 - 1. Use smaller batches or fewer layers, or backend='torch'."
+        )
     return kernel[grid](*arguments, **options)
 
 

@@ -129,9 +129,7 @@ TABLE: dict[str, list[Configuration]] = {
         _short(16, 128, 3, max_bytes=2),
         _short(32, 64, 3, max_bytes=2),
         # two programs a multiprocessor
-        _short(
-            *(64, 64, 2), max_bytes=2, num_warps=8, shared_memory=88 * 1024, max_registers=128, only_with=((3, 9),)
-        ),
+        _short(*(64, 64, 2), max_bytes=2, num_warps=8, shared_memory=88 * 1024, max_registers=128, only_with=((3, 9),)),
         _short(64, 64, 3, max_bytes=2, num_warps=8, shared_memory=88 * 1024, max_registers=128),
         _short(64, 32, 2, max_bytes=2),
         _short(128, 64, 2, max_bytes=2, num_warps=8, shared_memory=80 * 1024),

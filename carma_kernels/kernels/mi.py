@@ -25,7 +25,7 @@ from carma_kernels.kernels.tiles import (
     layer_pointer,
     log_of_sum,
     negatives_factor,
-    pid64,
+    place_in_grid,
     softplus_sigmoid,
 )
 
@@ -86,7 +86,7 @@ def may_hold_positives(anchor_word, key_word):
     return (tl.max(key_word, 0) >= first) & (first_key <= tl.max(anchor_word, 0))
 
 
-@kernel("first_layer", "first_state", "N", "A", "P")
+@kernel("first_layer", "first_state", "num_layers", "S", "N", "A", "P")
 def _mi_scores_kernel(
     hidden_table,  # [L] addresses of [S, N, D]
     token_ptr,  # [S, R]
@@ -96,9 +96,11 @@ def _mi_scores_kernel(
     inverse_norm_ptr,  # [layers, S, N]
     inverse_temperature_ptr,  # 0-d
     pair_score_ptr,  # [layers of this launch, P]
-    partial_ptr,  # [layers of this launch, S, key blocks, 3, A]; BOUNDED: [.., 1, A]; see _add_negatives
+    partial_ptr,  # [S, layers of this launch, key blocks, 3, A]; BOUNDED: [.., 1, A]; see _add_negatives
     first_layer,  # of this launch, in the table
     first_state,  # and among the loss's layers
+    num_layers,
+    S,
     N,
     D,
     R,
@@ -116,16 +118,18 @@ def _mi_scores_kernel(
     BLOCK_D: tl.constexpr,
     PIECES: tl.constexpr,
 ):
-    """One tile of anchors x keys. Grid (anchor blocks * key blocks, S, layers)."""
+    """One tile of anchors x keys. Grid: tiles, fastest, * layers * groups S."""
     anchor_blocks = tl.cdiv(A, BLOCK_M)
-    anchor_start = tl.program_id(0) % anchor_blocks * BLOCK_M
-    key_block = tl.program_id(0) // anchor_blocks
+    key_blocks = tl.cdiv(N, BLOCK_N)
+    number, place, group = place_in_grid(anchor_blocks * key_blocks, num_layers)
+    tile = number.to(tl.int32)
+    anchor_start = tile % anchor_blocks * BLOCK_M
+    key_block = tile // anchor_blocks
     key_start = key_block * BLOCK_N
-    group = pid64(1)
     num_anchors, num_valid = group_sizes(size_ptr, group)
     if (anchor_start >= num_anchors) | (key_start >= num_valid):
         return
-    layer = first_layer + tl.program_id(2)
+    layer = first_layer + place
     hidden_ptr = layer_pointer(hidden_table, layer, DTYPE, ALIGNMENT) + group * N * D
     token_ptr += group * R
     word_ptr += group * R
@@ -137,7 +141,7 @@ def _mi_scores_kernel(
     inverse_temperature = tl.load(inverse_temperature_ptr)
     scale = tl.zeros((BLOCK_M,), tl.float32) + inverse_temperature
     if COSINE:
-        inverse_norm_ptr += ((first_state + pid64(2)) * tl.num_programs(1) + group) * N
+        inverse_norm_ptr += ((first_state + place) * S + group) * N
         scale *= tl.load(inverse_norm_ptr + anchor_token)
     anchor_word = tl.where(is_anchor, tl.load(word_ptr + rank), NO_ANCHOR)
     tables = (token_ptr, word_ptr, inverse_norm_ptr)
@@ -145,7 +149,7 @@ def _mi_scores_kernel(
     if may_hold_positives(anchor_word, key_word):
         first_pair = tl.load(first_pair_ptr + group * (A + 1) + rank, mask=is_anchor, other=0)
         anchors = (scale, anchor_word, anchor_token, first_pair - anchor_token - 1)
-        pair_score_ptr = pair_score_ptr + pid64(2) * P
+        pair_score_ptr = pair_score_ptr + place * P
         _store_positives(dots, anchors, key_start, tables, pair_score_ptr, COSINE, BLOCK_M, BLOCK_N, PIECES)
     none = tl.zeros((BLOCK_M,), tl.float32)
     maximum, total, slope = _add_negatives(
@@ -161,11 +165,11 @@ def _mi_scores_kernel(
         BLOCK_N,
         PIECES,
     )
-    tile = (pid64(2) * tl.num_programs(1) + group) * tl.cdiv(N, BLOCK_N) + key_block
+    partials = (group * num_layers + place) * key_blocks + key_block
     if BOUNDED:
-        tl.store(partial_ptr + tile * A + rank, total, mask=is_anchor)
+        tl.store(partial_ptr + partials * A + rank, total, mask=is_anchor)
     else:
-        partial_ptr += tile * 3 * A + rank
+        partial_ptr += partials * 3 * A + rank
         tl.store(partial_ptr, maximum, mask=is_anchor)
         tl.store(partial_ptr + A, total, mask=is_anchor)
         tl.store(partial_ptr + 2 * A, slope, mask=is_anchor)
@@ -250,7 +254,7 @@ def _add_negatives(
     return maximum, total, slope
 
 
-@kernel("first_state", "N", "A", "P")
+@kernel("first_state", "num_layers", "S", "N", "A", "P")
 def _mi_statistics_kernel(
     size_ptr,  # [S, 2]
     first_pair_ptr,  # [S, A+1]
@@ -265,6 +269,8 @@ def _mi_statistics_kernel(
     loss_ptr,  # [layers, S * anchor blocks]
     log_match,  # log(match_negatives)
     first_state,
+    num_layers,
+    S,
     N,
     R,
     A,
@@ -275,13 +281,13 @@ def _mi_statistics_kernel(
     KEY_BLOCK: tl.constexpr,
     BLOCK_A: tl.constexpr,
 ):
-    """Some anchors' statistics, from all their tiles in order. Grid (anchor blocks, S, layers)."""
-    group = pid64(1)
-    S = tl.num_programs(1)
-    matrix = pid64(2) * S + group
-    state = first_state + pid64(2)
+    """Some anchors' statistics, from all their tiles in order. Grid: anchor blocks, fastest, * layers * groups S."""
+    anchor_blocks = tl.cdiv(A, BLOCK_A)
+    anchor_block, place, group = place_in_grid(anchor_blocks, num_layers)
+    matrix = group * num_layers + place
+    state = first_state + place
     num_anchors, num_valid = group_sizes(size_ptr, group)
-    rank = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
+    rank = anchor_block.to(tl.int32) * BLOCK_A + tl.arange(0, BLOCK_A)
     is_anchor = rank < num_anchors
     inverse_temperature = tl.load(inverse_temperature_ptr)
 
@@ -314,7 +320,7 @@ def _mi_statistics_kernel(
         matched += log_match - tl.log(tl.maximum(count, 1).to(tl.float32))
     pair = tl.load(first_pair_ptr + group * (A + 1) + rank, mask=is_anchor, other=0)
     num_positives = tl.load(first_pair_ptr + group * (A + 1) + rank + 1, mask=is_anchor, other=0) - pair
-    pair_score_ptr += pid64(2) * P
+    pair_score_ptr += place * P
     loss = tl.zeros((BLOCK_A,), tl.float32)
     pull = tl.zeros((BLOCK_A,), tl.float32)
     work = tl.zeros((BLOCK_A,), tl.float32)
@@ -335,8 +341,8 @@ def _mi_statistics_kernel(
         token = tl.load(token_ptr + group * R + rank, mask=is_anchor, other=0)
         inverse_norm_ptr += (state * S + group) * N
         scale = tl.load(inverse_norm_ptr + token, mask=is_anchor, other=0.0)
-    blocks = S * tl.num_programs(0)
-    block = group * tl.num_programs(0) + tl.program_id(0)
+    blocks = S * anchor_blocks
+    block = group * anchor_blocks + anchor_block
     tl.store(sums_ptr + state * 2 * blocks + block, tl.sum(work, 0))
     tl.store(sums_ptr + state * 2 * blocks + blocks + block, tl.sum(scale, 0))
     tl.store(loss_ptr + state * blocks + block, tl.sum(loss, 0))

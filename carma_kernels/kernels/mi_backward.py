@@ -33,7 +33,7 @@ from carma_kernels.kernels.tiles import (
     has_layer,
     layer_pointer,
     load_rows,
-    pid64,
+    place_in_grid,
     rounded,
     softplus_sigmoid,
     stencil,
@@ -44,7 +44,16 @@ LARGEST_HALF = tl.constexpr(65504.0)
 
 
 @kernel(
-    "first_layer", "first_state", "first_group", "first_anchor", "first_key", "S", "N", "A", aligned=("weight_ptr",)
+    "first_layer",
+    "first_state",
+    "first_group",
+    "first_anchor",
+    "first_key",
+    "num_layers",
+    "S",
+    "N",
+    "A",
+    aligned=("weight_ptr",),
 )
 def _mi_weights_kernel(
     hidden_table,  # [L] addresses of [S, N, D]
@@ -56,14 +65,15 @@ def _mi_weights_kernel(
     inverse_temperature_ptr,  # 0-d
     anchor_state_ptr,  # [layers, S, 2, A]
     range_scale_ptr,  # [layers] what M' is multiplied by, where it would leave the range of fp16
-    weight_ptr,  # [layers and groups of this launch, ROWS, COLUMNS] M'
-    row_sum_ptr,  # [layers and groups of this launch, key blocks, ROWS] of M' and the dot products
-    column_sum_ptr,  # [layers and groups of this launch, anchor blocks, COLUMNS]
+    weight_ptr,  # [groups and layers of this launch, ROWS, COLUMNS] M'
+    row_sum_ptr,  # [groups and layers of this launch, key blocks, ROWS] of M' and the dot products
+    column_sum_ptr,  # [groups and layers of this launch, anchor blocks, COLUMNS]
     first_layer,
     first_state,
     first_group,
     first_anchor,
     first_key,
+    num_layers,  # of this launch
     ROWS,
     COLUMNS,
     S,
@@ -84,21 +94,24 @@ def _mi_weights_kernel(
     BLOCK_D: tl.constexpr,
     PIECES: tl.constexpr,
 ):
-    """One tile of M'. Grid (anchor blocks * key blocks of the workspace, its groups, its layers)."""
+    """One tile of M'. Grid: tiles of the workspace, fastest, * its layers * its groups."""
     anchor_blocks = ROWS // BLOCK_M
-    anchor_block = tl.program_id(0) % anchor_blocks
-    key_block = tl.program_id(0) // anchor_blocks
+    key_blocks = COLUMNS // BLOCK_N
+    number, place, group_place = place_in_grid(anchor_blocks * key_blocks, num_layers)
+    tile = number.to(tl.int32)
+    anchor_block = tile % anchor_blocks
+    key_block = tile // anchor_blocks
     anchor_start = first_anchor + anchor_block * BLOCK_M
     key_start = first_key + key_block * BLOCK_N
-    group = first_group + pid64(1)
+    group = first_group + group_place
     num_anchors, num_valid = group_sizes(size_ptr, group)
-    layer = first_layer + tl.program_id(2)
+    layer = first_layer + place
     if (anchor_start >= num_anchors) | (key_start >= num_valid):
         return
     if not has_layer(out_table, layer):
         return
     hidden_ptr = layer_pointer(hidden_table, layer, DTYPE, ALIGNMENT) + group * N * D
-    state = first_state + pid64(2)
+    state = first_state + place
     anchor_state_ptr += (state * S + group) * 2 * A
     token_ptr += group * R
     word_ptr += group * R
@@ -121,7 +134,7 @@ def _mi_weights_kernel(
     anchors = (scale, norm_scale, anchor_word, anchor_token, z, factor)
     tables = (token_ptr, word_ptr, inverse_norm_ptr)
     states = (anchor_state_ptr, anchor_state_ptr + A, num_anchors, inverse_temperature)
-    matrix = pid64(2) * tl.num_programs(1) + pid64(1)
+    matrix = group_place * num_layers + place
     row = anchor_block * BLOCK_M + tl.arange(0, BLOCK_M)
     column_start = key_block * BLOCK_N
     weight_ptr += matrix * ROWS * COLUMNS + column_start
@@ -131,7 +144,7 @@ def _mi_weights_kernel(
         dots, anchors, key_start, tables, states, out, COSINE, BOUNDED, INTERPRETED, BLOCK_M, BLOCK_N, PIECES
     )
     if COSINE:
-        tl.store(row_sum_ptr + (matrix * (COLUMNS // BLOCK_N) + key_block) * ROWS + row, row_sum)
+        tl.store(row_sum_ptr + (matrix * key_blocks + key_block) * ROWS + row, row_sum)
 
 
 @triton.jit
@@ -227,7 +240,9 @@ def _derivative(score, rows, keys, inverse_temperature, BOUNDED: tl.constexpr, P
     "first_group",
     "first_anchor",
     "first_key",
+    "num_layers",
     "anchor_blocks",
+    "row_blocks",
     "grad_sums_stride",
     "mi_factor",
     "grad_losses_stride",
@@ -265,7 +280,9 @@ def _mi_gradient_kernel(
     first_group,
     first_anchor,
     first_key,
-    anchor_blocks,  # programs for anchors; those after them are for the other tokens
+    num_layers,  # of this launch
+    anchor_blocks,  # of rows; those after them are the other tokens'
+    row_blocks,  # in all
     ROWS,
     COLUMNS,
     S,
@@ -288,16 +305,19 @@ def _mi_gradient_kernel(
     BLOCK_D: tl.constexpr,
     PIECES: tl.constexpr,
 ):
-    """Some rows and columns of one gradient. Grid (row blocks * blocks of D, groups and layers of the workspace).
+    """Some rows and columns of one gradient. Grid: blocks of D, fastest, * of rows * layers * groups of the workspace.
 
-    The workspace holds all keys of the anchors from `first_anchor` on, and all anchors of the keys from `first_key` on.
+    Layers come before groups, so that their stencils find the neighbouring layers in the L2 cache. The workspace holds
+    all keys of the anchors from `first_anchor` on, and all anchors of the keys from `first_key` on.
     """
     width_blocks = tl.cdiv(D, BLOCK_D)
-    block = tl.program_id(0) // width_blocks
-    width_start = tl.program_id(0) % width_blocks * BLOCK_D
-    group = first_group + pid64(1)
+    number, place, group_place = place_in_grid(width_blocks * row_blocks, num_layers)
+    tile = number.to(tl.int32)
+    block = tile // width_blocks
+    width_start = tile % width_blocks * BLOCK_D
+    group = first_group + group_place
     num_anchors, num_valid = group_sizes(size_ptr, group)
-    layer = first_layer + tl.program_id(2)
+    layer = first_layer + place
     for_anchors = block < anchor_blocks
     start = tl.where(for_anchors, block, block - anchor_blocks) * BLOCK_M  # in the workspace
     rank_start = tl.where(for_anchors, first_anchor, first_key) + start
@@ -312,7 +332,7 @@ def _mi_gradient_kernel(
 
     group_start = group * N * D
     hidden_ptr = layer_pointer(hidden_table, layer, DTYPE, ALIGNMENT) + group_start
-    matrix = pid64(2) * tl.num_programs(1) + pid64(1)
+    matrix = group_place * num_layers + place
     token_ptr += group * R
     weight_ptr += matrix * ROWS * COLUMNS
     row = start + tl.arange(0, BLOCK_M)
@@ -351,7 +371,7 @@ def _mi_gradient_kernel(
                 )
 
     token = tl.load(token_ptr + tl.minimum(rank, N - 1))
-    state = first_state + pid64(2)
+    state = first_state + place
     factor = mi_factor * tl.load(grad_sums_ptr + state * grad_sums_stride) * tl.load(inverse_temperature_ptr)
     if RESCALE:
         factor /= tl.load(range_scale_ptr + state)

@@ -25,6 +25,7 @@ from carma_kernels.kernels.tiles import (
     log_of_sum,
     mask_if,
     pid64,
+    place_in_grid,
     rounded,
     softplus_sigmoid,
     stencil,
@@ -107,6 +108,8 @@ def _pairs_forward_kernel(
 
 
 @kernel(
+    "L",
+    "N",
     "grad_sums_stride",
     "mi_factor",
     "grad_losses_stride",
@@ -140,6 +143,8 @@ def _pairs_backward_kernel(
     num_steps,
     stability_mask_ptr,  # [N] uint8
     first_layer,
+    L,
+    N,
     D,
     num_slots,  # 1+K
     num_edges,  # P * (1+K)
@@ -152,21 +157,23 @@ def _pairs_backward_kernel(
     HAS_MASK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """A piece of one row of the gradient, that of a token in a layer, stability included. Grid (N, L, blocks of D)."""
-    place = pid64(1)
+    """A piece of one row of the gradient, stability included. Grid: blocks of D, fastest, * layers L * tokens N.
+
+    Layers come before tokens, so that their stencils find the neighbouring layers in the L2 cache.
+    """
+    block, place, token = place_in_grid(tl.cdiv(D, BLOCK_D), L)
     layer = first_layer + place
     if not has_layer(out_table, layer):
         return
-    token = pid64(0)
     hidden_ptr = layer_pointer(hidden_table, layer, DTYPE, ALIGNMENT)
     if COSINE:
-        inverse_norm_ptr += place * tl.num_programs(0)
+        inverse_norm_ptr += place * N
     score_ptr += place * num_edges
     summary_ptr += place * (num_edges // num_slots) * 2
     start_ptr += place * stride_start_l + token
     start = tl.load(start_ptr)
     stop = tl.load(start_ptr + 1)
-    d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
+    d = block.to(tl.int32) * BLOCK_D + tl.arange(0, BLOCK_D)
     offset = token * D + d
     in_row = d < D
 

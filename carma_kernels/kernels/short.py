@@ -31,7 +31,7 @@ from carma_kernels.kernels.tiles import (
     mask_if,
     negatives_factor,
     neighbours,
-    pid64,
+    place_in_grid,
     rounded,
     softplus_sigmoid,
     stencil_of,
@@ -58,7 +58,7 @@ def _kinds(token, start, word_ptr, mask_ptr, N, STABILITY: tl.constexpr, HAS_MAS
     return word, in_stability, in_stability | (word >= 0)
 
 
-@kernel("N", "start", "mi_start", "num_mi", "stability_start", "num_steps")
+@kernel("S", "N", "walked", "start", "mi_start", "num_mi", "stability_start", "num_steps")
 def _short_forward_kernel(
     hidden_table,  # [L] of [S, N, D]
     word_ptr,  # [S, N] int32, -1 for padding
@@ -70,8 +70,10 @@ def _short_forward_kernel(
     mi_partials_ptr,  # [num_mi, S, BLOCK_T] out
     partials_ptr,  # [2 * walked + 1, S, BLOCK_T] out, see stability._stability_forward_kernel
     log_match,  # log of match_negatives
+    S,
     N,
     D,
+    walked,  # how many layers
     start,  # first layer walked
     mi_start,  # first layer of the MI loss
     num_mi,
@@ -91,11 +93,14 @@ def _short_forward_kernel(
     BLOCK_D: tl.constexpr,
     NUM_BUFFERS: tl.constexpr,
 ):
-    """Grid: groups S * their blocks of rows x layers walked. One pass over a group in a layer."""
+    """One pass over a group in a layer. Grid: layers walked, fastest, * blocks of the groups' rows.
+
+    The next layer is read here, too: that of the same tokens is the next program's, and comes from the L2 cache.
+    """
     BLOCKS: tl.constexpr = BLOCK_T // BLOCK_M
-    group = pid64(0) // BLOCKS
-    groups = tl.num_programs(0) // BLOCKS
-    at = pid64(1)
+    at, _, block = place_in_grid(walked, 1)
+    group = block // BLOCKS
+    groups = S.to(tl.int64)
     layer = start + at
     in_mi = (layer >= mi_start) & (layer < mi_start + num_mi)
     in_stability = (layer >= stability_start) & (layer <= stability_start + num_steps)
@@ -103,7 +108,7 @@ def _short_forward_kernel(
 
     token = tl.arange(0, BLOCK_T)
     word, _, is_read = _kinds(token, group * N, word_ptr, mask_ptr, N, STABILITY, HAS_MASK)
-    row = tl.program_id(0) % BLOCKS * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = (block % BLOCKS).to(tl.int32) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_word, takes_part, row_is_read = _kinds(row, group * N, word_ptr, mask_ptr, N, STABILITY, HAS_MASK)
     hidden = layer_pointer(hidden_table, layer, DTYPE, ALIGNMENT) + group * N * D
     if STABILITY:
@@ -138,7 +143,6 @@ def _short_forward_kernel(
     if STABILITY:
         # the sums over the tokens are left to the next kernel
         width = groups * BLOCK_T
-        walked = tl.num_programs(1)
         sums = partials_ptr + slot
         tl.store(sums + at * width, tl.where(takes_part, row_energy, 0.0), mask=mask_if(every, in_stability))
         tl.store(sums + (walked + at + 1) * width, tl.where(takes_part, change, 0.0), mask=mask_if(every, has_step))
@@ -197,7 +201,10 @@ def _derivative(score, relations, row_state, token_state):
 
 
 @kernel(
+    "S",
     "N",
+    "L",
+    "pieces",
     "mi_start",
     "num_mi",
     "stability_start",
@@ -223,8 +230,11 @@ def _short_backward_kernel(
     grad_losses_ptr,  # [num_steps] upstream of the stability loss, likewise
     grad_losses_stride,
     stability_factor,
+    S,
     N,
     D,
+    L,
+    pieces,
     mi_start,
     num_mi,
     stability_start,
@@ -241,12 +251,15 @@ def _short_backward_kernel(
     BLOCK_D: tl.constexpr,
     NUM_BUFFERS: tl.constexpr,
 ):
-    """Grid: groups S * their blocks of rows x pieces of D x layers L. Scores, their derivative M, then M times rows."""
+    """Scores, their derivative M, then M times rows. Grid: layers, fastest, * pieces of D * blocks of the groups' rows.
+
+    The stencil reads the layers before and after, which are the neighbouring programs' own.
+    """
     BLOCKS: tl.constexpr = BLOCK_T // BLOCK_M
-    group = pid64(0) // BLOCKS
-    groups = tl.num_programs(0) // BLOCKS
-    piece = tl.program_id(1)
-    layer = pid64(2)
+    layer, number, block = place_in_grid(L, pieces)
+    piece = number.to(tl.int32)
+    group = block // BLOCKS
+    groups = S.to(tl.int64)
     mi_layer = layer - mi_start
     in_mi = (mi_layer >= 0) & (mi_layer < num_mi)
     if has_layer(out_table, layer) == 0:
@@ -255,7 +268,7 @@ def _short_backward_kernel(
     token = tl.arange(0, BLOCK_T)
     word = tl.load(word_ptr + group * N + token, mask=mask_if(token < N, in_mi), other=-1)
     valid = word >= 0
-    row = tl.program_id(0) % BLOCKS * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = (block % BLOCKS).to(tl.int32) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_word, takes_part, is_read = _kinds(row, group * N, word_ptr, mask_ptr, N, STABILITY, HAS_MASK)
     in_loss = mask_if(row_word >= 0, in_mi)
     group_offset = group * N * D
@@ -307,7 +320,6 @@ def _short_backward_kernel(
         previous += group_offset
         following += group_offset
     out = layer_pointer(out_table, layer, DTYPE, ALIGNMENT) + group_offset
-    pieces = tl.num_programs(1)
     columns = tl.cdiv(tl.cdiv(D, BLOCK_D), pieces) * BLOCK_D
     for first in tl.range(piece * columns, tl.minimum((piece + 1) * columns, D), BLOCK_D, num_stages=NUM_BUFFERS):
         column = first + tl.arange(0, BLOCK_D)[None, :]

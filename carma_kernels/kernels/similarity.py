@@ -16,14 +16,15 @@ import triton
 import triton.language as tl
 
 from carma_kernels.kernels.jit import kernel
-from carma_kernels.kernels.tiles import dot, has_layer, inverse_norm, layer_pointer, pid64, rounded
+from carma_kernels.kernels.tiles import dot, has_layer, inverse_norm, layer_pointer, place_in_grid, rounded
 
 
-@kernel("T")
+@kernel("B", "T")
 def _similarity_norms_kernel(
     hidden_table,  # [L] addresses of [B, T, D]
     valid_ptr,  # [B, T] uint8
     inverse_norm_ptr,  # [L, B, T]
+    B,
     T,
     D,
     DTYPE: tl.constexpr,
@@ -33,10 +34,12 @@ def _similarity_norms_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """`1/|h|` of some tokens of a sequence, 0 for those left out. Grid (blocks of tokens, B, L)."""
-    sequence_ptr, place = _sequence(hidden_table, T, D, DTYPE, ALIGNMENT)
-    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    is_valid = _is_valid(valid_ptr, token, T, HAS_MASK)  # [BLOCK_T]
+    """`1/|h|` of some tokens of a sequence, 0 for those left out. Grid: blocks of tokens, fastest, * B * L."""
+    block, sequence, layer = place_in_grid(tl.cdiv(T, BLOCK_T), B)
+    sequence_ptr = _sequence(hidden_table, layer, sequence, T, D, DTYPE, ALIGNMENT)
+    place = layer * B + sequence
+    token = block.to(tl.int32) * BLOCK_T + tl.arange(0, BLOCK_T)
+    is_valid = _is_valid(valid_ptr, sequence * T, token, T, HAS_MASK)  # [BLOCK_T]
     sum_of_squares = tl.zeros((BLOCK_T,), tl.float32)
     for start in range(0, D, BLOCK_D):
         x = _load_piece(sequence_ptr, token, is_valid, start, D, BLOCK_D, INTERPRETED).to(tl.float32)
@@ -44,13 +47,14 @@ def _similarity_norms_kernel(
     tl.store(inverse_norm_ptr + place * T + token, inverse_norm(sum_of_squares), mask=token < T)
 
 
-@kernel("T")
+@kernel("B", "T")
 def _similarity_forward_kernel(
     hidden_table,  # [L] addresses of [B, T, D]
     valid_ptr,  # [B, T] uint8
     inverse_norm_ptr,  # [L, B, T]
     inverse_temperature_ptr,  # 0-d
     matrix_ptr,  # [L, B, T, T]
+    B,
     T,
     D,
     DTYPE: tl.constexpr,
@@ -62,19 +66,25 @@ def _similarity_forward_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """A tile and its mirror image. Grid (tiles, B, L); the tiles below the diagonal are images and return."""
-    first_i, first_j = _tile_corner(T, BLOCK_T)
+    """A tile and its mirror image. Grid: tiles, fastest, * B * L; those below the diagonal are images and return."""
+    num_blocks = tl.cdiv(T, BLOCK_T)
+    number, sequence, layer = place_in_grid(num_blocks * num_blocks, B)
+    tile = number.to(tl.int32)
+    first_i = tile // num_blocks * BLOCK_T
+    first_j = tile % num_blocks * BLOCK_T
     if first_j < first_i:
         return
-    sequence_ptr, place = _sequence(hidden_table, T, D, DTYPE, ALIGNMENT)
+    sequence_ptr = _sequence(hidden_table, layer, sequence, T, D, DTYPE, ALIGNMENT)
+    place = layer * B + sequence
+    first = sequence * T
     i = first_i + tl.arange(0, BLOCK_T)
     j = first_j + tl.arange(0, BLOCK_T)
     score = _gram(
         sequence_ptr,
         i,
         j,
-        _is_valid(valid_ptr, i, T, HAS_MASK),
-        _is_valid(valid_ptr, j, T, HAS_MASK),
+        _is_valid(valid_ptr, first, i, T, HAS_MASK),
+        _is_valid(valid_ptr, first, j, T, HAS_MASK),
         D,
         PRECISION,
         INTERPRETED,
@@ -98,13 +108,14 @@ def _similarity_forward_kernel(
         tl.store(mirror_ptr, tl.trans(score), mask=j_exists[:, None] & i_exists[None, :])
 
 
-@kernel("T")
+@kernel("B", "T")
 def _similarity_projection_kernel(
     hidden_table,  # [L] addresses of [B, T, D]
     valid_ptr,  # [B, T] uint8
     inverse_norm_ptr,  # [L, B, T]
     grad_ptr,  # [L, B, T, T]
     projection_ptr,  # [L, B, ceil(T / BLOCK_T), T]: of c_i what comes from a block of tokens j
+    B,
     T,
     D,
     DTYPE: tl.constexpr,
@@ -117,18 +128,24 @@ def _similarity_projection_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """What a tile adds to the `c` of its rows and of its columns. Grid as in the forward."""
-    first_i, first_j = _tile_corner(T, BLOCK_T)
+    num_blocks = tl.cdiv(T, BLOCK_T)
+    number, sequence, layer = place_in_grid(num_blocks * num_blocks, B)
+    tile = number.to(tl.int32)
+    first_i = tile // num_blocks * BLOCK_T
+    first_j = tile % num_blocks * BLOCK_T
     if first_j < first_i:
         return
-    sequence_ptr, place = _sequence(hidden_table, T, D, DTYPE, ALIGNMENT)
+    sequence_ptr = _sequence(hidden_table, layer, sequence, T, D, DTYPE, ALIGNMENT)
+    place = layer * B + sequence
+    first = sequence * T
     i = first_i + tl.arange(0, BLOCK_T)
     j = first_j + tl.arange(0, BLOCK_T)
-    i_is_valid = _is_valid(valid_ptr, i, T, HAS_MASK)
-    j_is_valid = _is_valid(valid_ptr, j, T, HAS_MASK)
+    i_is_valid = _is_valid(valid_ptr, first, i, T, HAS_MASK)
+    j_is_valid = _is_valid(valid_ptr, first, j, T, HAS_MASK)
     gram = _gram(sequence_ptr, i, j, i_is_valid, j_is_valid, D, PRECISION, INTERPRETED, BLOCK_T, BLOCK_D)
     m = _symmetric_gradient(grad_ptr + place * T * T, first_i, first_j, i_is_valid, j_is_valid, T, BLOCK_T, BLOCK_T)
     inverse_norm_ptr += place * T
-    projection_ptr += place * tl.cdiv(T, BLOCK_T) * T
+    projection_ptr += place * num_blocks * T
     m_i = m
     if COSINE:
         m_i = m * tl.load(inverse_norm_ptr + j, mask=j < T, other=0.0)[None, :]
@@ -142,7 +159,7 @@ def _similarity_projection_kernel(
         tl.store(projection_ptr + (first_i // BLOCK_T).to(tl.int64) * T + j, c_j, mask=j < T)
 
 
-@kernel("T", "num_projections")
+@kernel("B", "T", "num_projections")
 def _similarity_backward_kernel(
     hidden_table,  # [L] addresses of [B, T, D]
     out_table,  # [L] addresses of [B, T, D], 0 for no gradient
@@ -151,6 +168,7 @@ def _similarity_backward_kernel(
     inverse_temperature_ptr,  # 0-d
     grad_ptr,  # [L, B, T, T]
     projection_ptr,  # [L, B, num_projections, T]
+    B,
     T,
     D,
     num_projections,
@@ -164,22 +182,26 @@ def _similarity_backward_kernel(
     BLOCK_J: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """A piece of the gradient, some tokens by a part of the width. Grid (pieces, B, L)."""
-    if not has_layer(out_table, tl.program_id(2)):
-        return
-    sequence_ptr, place = _sequence(hidden_table, T, D, DTYPE, ALIGNMENT)
-    out_ptr, _ = _sequence(out_table, T, D, DTYPE, ALIGNMENT)
+    """A piece of the gradient, some tokens by a part of the width. Grid: pieces, fastest, * B * L."""
     num_parts = tl.cdiv(D, BLOCK_D)
-    first_i = tl.program_id(0) // num_parts * BLOCK_T
+    number, sequence, layer = place_in_grid(tl.cdiv(T, BLOCK_T) * num_parts, B)
+    piece = number.to(tl.int32)
+    if not has_layer(out_table, layer):
+        return
+    sequence_ptr = _sequence(hidden_table, layer, sequence, T, D, DTYPE, ALIGNMENT)
+    out_ptr = _sequence(out_table, layer, sequence, T, D, DTYPE, ALIGNMENT)
+    place = layer * B + sequence
+    first = sequence * T
+    first_i = piece // num_parts * BLOCK_T
     i = first_i + tl.arange(0, BLOCK_T)
-    start = tl.program_id(0) % num_parts * BLOCK_D
-    i_is_valid = _is_valid(valid_ptr, i, T, HAS_MASK)
+    start = piece % num_parts * BLOCK_D
+    i_is_valid = _is_valid(valid_ptr, first, i, T, HAS_MASK)
     inverse_norm_ptr += place * T
     grad_ptr += place * T * T
     x = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     for first_j in range(0, T, BLOCK_J):
         j = first_j + tl.arange(0, BLOCK_J)
-        j_is_valid = _is_valid(valid_ptr, j, T, HAS_MASK)
+        j_is_valid = _is_valid(valid_ptr, first, j, T, HAS_MASK)
         m = _symmetric_gradient(grad_ptr, first_i, first_j, i_is_valid, j_is_valid, T, BLOCK_T, BLOCK_J)
         if COSINE:
             m *= tl.load(inverse_norm_ptr + j, mask=j < T, other=0.0)[None, :]
@@ -200,18 +222,9 @@ def _similarity_backward_kernel(
 
 
 @triton.jit
-def _sequence(table, T, D, DTYPE: tl.constexpr, ALIGNMENT: tl.constexpr):
-    """Where the program's sequence `[T, D]` starts, and its place `l*B + b` among those of all layers."""
-    sequence = pid64(1)
-    start = layer_pointer(table, tl.program_id(2), DTYPE, ALIGNMENT) + sequence * T * D
-    return start, pid64(2) * tl.num_programs(1) + sequence
-
-
-@triton.jit
-def _tile_corner(T, BLOCK_T: tl.constexpr):
-    """First row and first column of the program's tile."""
-    num_blocks = tl.cdiv(T, BLOCK_T)
-    return tl.program_id(0) // num_blocks * BLOCK_T, tl.program_id(0) % num_blocks * BLOCK_T
+def _sequence(table, layer, sequence, T, D, DTYPE: tl.constexpr, ALIGNMENT: tl.constexpr):
+    """Where a sequence `[T, D]` of a layer starts."""
+    return layer_pointer(table, layer, DTYPE, ALIGNMENT) + sequence * T * D
 
 
 @triton.jit
@@ -222,11 +235,11 @@ def _tile(matrix_ptr, first_row, first_column, T, ROWS: tl.constexpr, COLUMNS: t
 
 
 @triton.jit
-def _is_valid(valid_ptr, token, T, HAS_MASK: tl.constexpr):
-    """Which of some tokens of the program's sequence take part."""
+def _is_valid(valid_ptr, first, token, T, HAS_MASK: tl.constexpr):
+    """Which of some tokens of a sequence take part; `first` is the number of its first among all."""
     in_range = token < T
     if HAS_MASK:
-        return tl.load(valid_ptr + pid64(1) * T + token, mask=in_range, other=0) != 0
+        return tl.load(valid_ptr + first + token, mask=in_range, other=0) != 0
     return in_range
 
 

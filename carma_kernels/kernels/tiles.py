@@ -24,6 +24,18 @@ def pid64(axis: tl.constexpr):
 
 
 @triton.jit
+def place_in_grid(fastest, middle):
+    """The program's numbers, int64, along three axes of these sizes and any, in a grid of one axis.
+
+    That is the only axis with room for more than 65,535 programs, and programs start in its order: what is read at the
+    same time should be near in it.
+    """
+    program = tl.program_id(0)  # `launch` refuses more than int32 can number
+    rest = program // fastest
+    return (program % fastest).to(tl.int64), (rest % middle).to(tl.int64), (rest // middle).to(tl.int64)
+
+
+@triton.jit
 def layer_pointer(table, layer, DTYPE: tl.constexpr, ALIGNMENT: tl.constexpr):
     """The first element of a layer `[B, T, D]`."""
     address = tl.load(table + layer)

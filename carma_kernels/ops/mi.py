@@ -72,11 +72,11 @@ def contrast_forward(
     num_partials = 1 if similarity.bounded else 3
     layer_size = problem.S * key_blocks * num_partials * problem.A + pairs.num_pairs
     for chunk in _pieces(range(len(layers)), problem.budget // (4 * layer_size)):
-        partial = sums.new_empty((len(chunk), problem.S, key_blocks, num_partials, problem.A))
+        partial = sums.new_empty((problem.S, len(chunk), key_blocks, num_partials, problem.A))
         pair_score = sums.new_empty((len(chunk), pairs.num_pairs))
         _runtime.launch(
             mi._mi_scores_kernel,
-            (ceil_div(problem.A, scores.constants["BLOCK_M"]) * key_blocks, problem.S, len(chunk)),
+            (ceil_div(problem.A, scores.constants["BLOCK_M"]) * key_blocks * len(chunk) * problem.S,),
             hidden.addresses,
             pairs.token,
             pairs.word,
@@ -88,6 +88,8 @@ def contrast_forward(
             partial,
             layers.start + chunk.start,
             chunk.start,
+            len(chunk),
+            problem.S,
             problem.N,
             problem.D,
             problem.R,
@@ -100,7 +102,7 @@ def contrast_forward(
         )
         _runtime.launch(
             mi._mi_statistics_kernel,
-            (ceil_div(problem.A, _STATISTICS_BLOCK), problem.S, len(chunk)),
+            (ceil_div(problem.A, _STATISTICS_BLOCK) * len(chunk) * problem.S,),
             pairs.size,
             pairs.first_pair,
             pairs.num_negatives,
@@ -114,6 +116,8 @@ def contrast_forward(
             loss,
             0.0 if similarity.match_negatives is None else math.log(similarity.match_negatives),
             chunk.start,
+            len(chunk),
+            problem.S,
             problem.N,
             problem.R,
             problem.A,
@@ -161,7 +165,7 @@ def contrast_backward(
         BLOCK_M = gradient.constants["BLOCK_M"]
         ROW_STEP = max(ANCHOR_BLOCK, BLOCK_M)
         for window in problem.windows(len(layers), ROW_STEP):
-            matrices = (len(window.layers), len(window.groups))
+            matrices = (len(window.groups), len(window.layers))
             rows = ceil_div(len(window.anchors), ROW_STEP) * ROW_STEP
             columns = len(window.keys)
             weight = hidden.present.new_empty((*matrices, rows, columns))
@@ -173,12 +177,13 @@ def contrast_backward(
                 window.groups.start,
                 window.anchors.start,
                 window.keys.start,
+                len(window.layers),
             )
             blocks = rows // ANCHOR_BLOCK * (columns // KEY_BLOCK)
             if blocks:
                 _runtime.launch(
                     mi_backward._mi_weights_kernel,
-                    (blocks, *reversed(matrices)),
+                    (blocks * math.prod(matrices),),
                     hidden.addresses,
                     out.addresses,
                     pairs.token,
@@ -207,10 +212,11 @@ def contrast_backward(
                 )
             anchor_blocks = rows // BLOCK_M if window.writes_anchors else 0
             other_blocks = ceil_div(min(window.keys.stop, problem.N) - window.keys.start, BLOCK_M)
-            blocks = anchor_blocks + (other_blocks if window.writes_others else 0)
+            row_blocks = anchor_blocks + (other_blocks if window.writes_others else 0)
+            width_blocks = ceil_div(problem.D, gradient.constants["BLOCK_D"])
             _runtime.launch(
                 mi_backward._mi_gradient_kernel,
-                (blocks * ceil_div(problem.D, gradient.constants["BLOCK_D"]), *reversed(matrices)),
+                (width_blocks * row_blocks * math.prod(matrices),),
                 hidden.addresses,
                 out.addresses,
                 pairs.token,
@@ -225,6 +231,7 @@ def contrast_backward(
                 *stability.arguments,
                 *first,
                 anchor_blocks,
+                row_blocks,
                 rows,
                 columns,
                 problem.S,
@@ -266,11 +273,6 @@ class _Problem:
         self._dtype = hidden.present.dtype
         self._cosine = similarity.cosine
         self._target = target(hidden.present.device)
-        if self.S > _runtime.MOST_SEQUENCES:
-            raise ValueError(
-                f"hidden_states have {self.S} sequences of {T} tokens; the triton backend takes up to "
-                f"{_runtime.MOST_SEQUENCES} of more than 128. Use smaller batches, or backend='torch'."
-            )
         if pairs.num_pairs > _INT32_MAX:
             raise ValueError(f"spans_or_pairs makes {pairs.num_pairs} pairs; more than 2^31 - 1 cannot be numbered.")
 

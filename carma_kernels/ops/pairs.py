@@ -106,7 +106,7 @@ def listed_backward(
         configuration = _configuration("pairs_backward", hidden, D)
         _runtime.launch(
             _pairs_backward_kernel,
-            (B * T, len(layers), ceil_div(D, configuration["BLOCK_D"])),
+            (ceil_div(D, configuration["BLOCK_D"]) * len(layers) * B * T,),
             hidden.addresses,
             out.addresses,
             index.start,
@@ -119,6 +119,8 @@ def listed_backward(
             *grad_sums.arguments,
             *stability.arguments,
             layers.start,
+            len(layers),
+            B * T,
             D,
             score.shape[2],
             score.shape[1] * score.shape[2],

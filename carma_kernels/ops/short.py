@@ -81,7 +81,7 @@ class ShortMI:
         match = self.similarity.match_negatives
         _runtime.launch(
             short._short_forward_kernel,
-            (blocks, len(walked)),
+            (len(walked) * blocks,),
             hidden.addresses,
             self.word,
             mask,
@@ -91,8 +91,10 @@ class ShortMI:
             mi_partials,
             partials,
             0.0 if match is None else math.log(match),
+            S,
             N,
             D,
+            len(walked),
             walked.start,
             self.layers.start,
             len(self.layers),
@@ -134,7 +136,7 @@ class ShortMI:
         pieces = max(1, min(room, _MOST_PIECES, ceil_div(D, configuration.constants["BLOCK_D"])))
         _runtime.launch(
             short._short_backward_kernel,
-            (blocks, pieces, len(hidden)),
+            (len(hidden) * pieces * blocks,),
             hidden.addresses,
             out.addresses,
             self.word,
@@ -146,8 +148,11 @@ class ShortMI:
             stability.losses,
             stability.scale,
             *stability.upstream.arguments,
+            S,
             N,
             D,
+            len(hidden),
+            pieces,
             self.layers.start,
             len(self.layers),
             stability.layers.start,

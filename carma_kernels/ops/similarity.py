@@ -52,12 +52,7 @@ def pairwise_similarity(
     """`[len(layers), B, T, T]` in `out_dtype`: see `carma_kernels.pairwise_similarity`."""
     arguments = similarity_arguments(hidden, layers, similarity, mask, out_dtype)
     check_dtype(arguments.hidden[0])
-    B, T, D = arguments.hidden[0].shape[-3:]
-    if B > _runtime.MOST_SEQUENCES:
-        raise ValueError(
-            f"hidden_states have {B} sequences; the triton backend takes up to {_runtime.MOST_SEQUENCES} for a matrix. "
-            "Use smaller batches, or backend='torch'."
-        )
+    T, D = arguments.hidden[0].shape[-2:]
     if T * D > _INT32_MAX:
         raise ValueError(
             f"hidden_states have sequences of {T} tokens with {D} numbers each; the triton backend takes sequences of "
@@ -178,10 +173,11 @@ class _Launches:
         options = self._configuration("similarity_norms")
         _runtime.launch(
             _similarity_norms_kernel,
-            (ceil_div(T, options["BLOCK_T"]), B, L),
+            (ceil_div(T, options["BLOCK_T"]) * B * L,),
             self._hidden.addresses,
             self._mask,
             self._inverse_norm,
+            B,
             T,
             D,
             HAS_MASK=self._mask is not None,
@@ -194,12 +190,13 @@ class _Launches:
         options = self._configuration("similarity_tiles")
         _runtime.launch(
             _similarity_forward_kernel,
-            (ceil_div(T, options["BLOCK_T"]) ** 2, B, L),
+            (ceil_div(T, options["BLOCK_T"]) ** 2 * B * L,),
             self._hidden.addresses,
             self._mask,
             self._inverse_norm,
             scale,
             matrix,
+            B,
             T,
             D,
             PRECISION=dot_precision(self._hidden.present.dtype),
@@ -216,12 +213,13 @@ class _Launches:
         projection = grad.new_empty((L, B, num_blocks, T), dtype=torch.float32)
         _runtime.launch(
             _similarity_projection_kernel,
-            (num_blocks**2, B, L),
+            (num_blocks**2 * B * L,),
             self._hidden.addresses,
             self._mask,
             self._inverse_norm,
             grad,
             projection,
+            B,
             T,
             D,
             PRECISION=dot_precision(self._hidden.present.dtype),
@@ -239,7 +237,7 @@ class _Launches:
         pieces = ceil_div(T, options["BLOCK_T"]) * ceil_div(D, options["BLOCK_D"])
         _runtime.launch(
             _similarity_backward_kernel,
-            (pieces, B, L),
+            (pieces * B * L,),
             self._hidden.addresses,
             self._out.addresses,
             self._mask,
@@ -247,6 +245,7 @@ class _Launches:
             scale,
             grad,
             projection,
+            B,
             T,
             D,
             projection.shape[2] if projection is not None else 0,

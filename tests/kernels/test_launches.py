@@ -15,6 +15,7 @@ from torch import Tensor
 
 import carma_kernels as ck
 from carma_kernels import CarmaConfig, TokenSpans, _runtime
+from carma_kernels.kernels import launch
 from carma_kernels.ops import mi
 
 Loss = Callable[[list[Tensor], TokenSpans], Tensor]
@@ -85,16 +86,6 @@ def test_two_launches_a_workspace_chunk(device: str, monkeypatch: pytest.MonkeyP
     assert backward == {"_mi_weights_kernel": chunks, "_mi_gradient_kernel": chunks}
 
 
-def test_more_sequences_than_a_grid_takes(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of long sequences and for a matrix. Short sequences, listed pairs and the stability loss are not limited."""
-    monkeypatch.setattr(_runtime, "MOST_SEQUENCES", 1)
-    for loss, T in (("mi", LONG), ("carma", LONG), ("similarity", SHORT)):
-        with pytest.raises(ValueError, match=r"2 sequences.* up to 1 .*backend='torch'"):
-            launches(LOSSES[loss], 2, T, device)
-    for loss, T in (("mi", SHORT), ("batch", LONG), ("listed", LONG), ("stability", LONG)):
-        launches(LOSSES[loss], 2, T, device)
-
-
 def grids(
     loss: Loss, shape: tuple[int, int, int], dtype: torch.dtype = torch.float32, D: int = 1
 ) -> dict[str, tuple[int, ...]]:
@@ -111,6 +102,29 @@ def grids(
         patch.setattr(_runtime, "launch", record)
         loss(hidden, spans).backward()
     return found
+
+
+MOST = (2**31 - 1, 2**16 - 1, 2**16 - 1)
+"""Programs along the axes of a CUDA grid"""
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("short", [True, False], ids=["short", "long"])
+def test_more_groups_than_a_second_axis_takes(loss: str, short: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not short:
+        monkeypatch.setitem(launch.TABLE, "short_forward", [])
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # of workspaces, for nothing
+    found = grids(LOSSES[loss], (2, 2**16, 3))
+    assert found
+    for grid in found.values():
+        assert all(programs <= most for programs, most in zip(grid, MOST, strict=False)), found
+
+
+def test_more_programs_than_a_device_can_number(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_runtime, "MOST_PROGRAMS", 1)
+    hidden = [torch.ones(2, 3, 4, device=device)] * 2
+    with pytest.raises(ValueError, match=r"hidden_states .* \d+ programs.*2\^31 - 1.*backend='torch'"):
+        LOSSES["similarity"](hidden, TokenSpans.from_lists([[], []], seq_len=3))
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import torch
 from tests.architecture.sources import python_files
 
 TOKENS = re.compile(r"(token|anchor|positive|negatives|other)_ptr")
+MAKE_INT64 = {"pid64", "place_in_grid"}
 SIZE = re.compile(r"[A-Z]+|num_\w+|stride\w*|\w+_stride")
 
 
@@ -50,16 +51,20 @@ class Narrow:
 
     def is_wide(self, node: ast.expr, function: str) -> bool:
         """Whether int64 takes part in the value."""
-        return any(
-            (isinstance(part, ast.Name) and (part.id == "pid64" or (function, part.id) in self.wide))
-            or (isinstance(part, ast.Attribute) and part.attr == "int64")
-            for part in ast.walk(node)
-        )
+        if to_int32(node):
+            return False
+        if isinstance(node, ast.Name):
+            return node.id in MAKE_INT64 or (function, node.id) in self.wide
+        if isinstance(node, ast.Attribute) and node.attr == "int64":
+            return True
+        return any(self.is_wide(part, function) for part in ast.iter_child_nodes(node))
 
     def is_narrow(self, node: ast.expr, function: str) -> bool:
         """Whether the value is made of int32 numbers."""
         if isinstance(node, ast.Compare) or self.is_wide(node, function):
             return False
+        if to_int32(node):
+            return True
         if isinstance(node, ast.Name):
             return (function, node.id) in self.names
         if isinstance(node, ast.Call) and called(node) == "load":
@@ -80,6 +85,11 @@ class Narrow:
                             yield name, ast.unparse(node)
 
 
+def to_int32(node: ast.AST) -> bool:
+    """Whether it is `x.to(tl.int32)`."""
+    return isinstance(node, ast.Call) and called(node) == "to" and ast.unparse(node.args[0]) == "tl.int32"
+
+
 def called(call: ast.Call) -> str:
     return call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
 
@@ -94,8 +104,6 @@ BOUNDED = {
     # ops.mi gives a group's weights a workspace of as many at most
     "_mi_weights_kernel": "row[:, None] * COLUMNS",
     "_mi_gradient_kernel": "row[:, None] * COLUMNS",
-    # steps are as few as layers
-    "step_weights": "step * grad_stride",
 }
 
 
@@ -140,6 +148,10 @@ KERNEL = "def kernel(x_ptr, token_ptr, N, BLOCK: tl.constexpr):\n    "
             "t = tl.load(token_ptr)\n    tl.load(x_ptr + t.to(tl.int64) * N)",
         ),
         ("helper(x_ptr, tl.program_id(1), N)", "helper(x_ptr, pid64(1), N)"),
+        (
+            "at, _, _ = place_in_grid(N, 1)\n    row = at.to(tl.int32)\n    tl.load(x_ptr + row * N)",
+            "row, at, _ = place_in_grid(N, 1)\n    tl.load(x_ptr + row.to(tl.int32) * BLOCK + at * N)",
+        ),
     ],
 )
 def test_it_notices(narrow: str, wide: str) -> None:
