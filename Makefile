@@ -109,6 +109,7 @@ evaluate: $(DEMO)  ## accuracy of the newest demo's two models when the tokens o
 bench: $(READY)  ## speed and memory against the published algorithm, on this machine
 	$(BIN)/python -m pytest bench --growth --save
 	$(BIN)/python -m bench.train_step --threads 1 --checkpointing no yes --save
+	$(BIN)/python -m bench.host_time --save
 
 bench-smoke: $(READY)  ## every bench once on a tiny case, untimed
 	$(BIN)/python -m pytest bench --benchmark-disable -m smoke

@@ -5,22 +5,19 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-import re
 from dataclasses import asdict
-from datetime import UTC, datetime
 from itertools import chain, compress
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import report
+from bench import report, saved
 from bench.floor import measure_rates
 from bench.providers import PROVIDERS
 from bench.workloads import GROWTH, MODELS, PAPER, SLOW, TINY
 from carma_kernels.measure import environment
 
-RESULTS = Path(__file__).parent / "results"
 LOAD_AT_START = pytest.StashKey[float]()
 MACHINE = pytest.StashKey[dict]()
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -48,9 +45,7 @@ def pytest_configure(config):
     # a wrong result fails before anything is timed: that is one failure, not two
     config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used")
     if config.option.save or config.option.save_as:
-        device = re.sub(r"[^a-z0-9]+", "-", _device_name(config.option.device).lower()).strip("-")
-        name = "-".join(filter(None, [str(datetime.now(UTC).date()), config.option.save_as]))
-        config.option.benchmark_json = RESULTS / device / f"{name}.json"
+        config.option.benchmark_json = saved.new_file(_device_name(config.option.device), config.option.save_as)
 
 
 def pytest_report_header():

@@ -27,6 +27,8 @@ PASSES = ("forward+backward", "forward")
 SIZES = ("T", "B", "L", "D")
 """Those of which a power can be told."""
 
+HOST_PASSES = ("forward", "backward", "both")
+
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 Benchmark = dict[str, Any]
@@ -105,6 +107,22 @@ def steps(runs: list[dict[str, Any]]) -> str:
         )
     header = ["model", "batch", "CARMA by", "median ms", "min to max (steps)", "time", "tokens/s", "peak MB", "memory"]
     return f"Whole training steps, and what CARMA adds to them:\n\n{_table(header, rows)}"
+
+
+def host_times(runs: list[dict[str, Any]]) -> str:
+    """What calls cost the host, and how often 100 small operations fit into that."""
+    rows = []
+    for run in runs:
+        passes = [f"{1e6 * run[name]['min']:.0f} ({1e6 * run[name]['median']:.0f})" for name in HOST_PASSES]
+        ratio = "{of_minima:.2f}x ({median:.2f}x)".format(**run["against_small"])
+        call = f"{run['backend']}, {run['dtype']}"
+        rows.append([_workload_of(run["workload"]), call, *passes, ratio])
+    header = ["workload", "backend", *HOST_PASSES, "of 100 small operations"]
+    return (
+        "The host's microseconds for a call of carma_loss and its backward, minimum and median of the rounds, without "
+        "the launches where the backend is triton; the ratio of the minima, and the median of the rounds' ratios:"
+        f"\n\n{_table(header, rows)}"
+    )
 
 
 def update(page: Path, tables: str) -> None:
@@ -330,6 +348,8 @@ def main() -> None:
 def _tables(stored: dict[str, Any], losses: Callable[[list[Benchmark], dict[str, Any]], str]) -> str:
     if "steps" in stored:
         return f"{steps(stored['steps'])}\n\n{_provenance(stored['machine_info'])}"
+    if "host_times" in stored:
+        return f"{host_times(stored['host_times'])}\n\n{_provenance(stored['machine_info'])}"
     return losses(stored["benchmarks"], stored["machine_info"])
 
 

@@ -6,14 +6,14 @@ import json
 
 import pytest
 
-from bench import report, train_step
+from bench import report, saved, train_step
 
 pytestmark = pytest.mark.smoke
 
 
 @pytest.mark.parametrize("checkpointing", ["no", "yes"])
 def test_every_implementation_takes_its_steps(monkeypatch, tmp_path, capsys, checkpointing):
-    monkeypatch.setattr(train_step, "RESULTS", tmp_path)
+    monkeypatch.setattr(saved, "RESULTS", tmp_path)
     options = ["--models", "tiny", "--shapes", "2x20", "--steps", "2", "--checkpointing", checkpointing, "--save"]
     train_step.main(options)
     (path,) = tmp_path.glob("*/*-train-step.json")

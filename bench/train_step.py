@@ -7,17 +7,13 @@ implementations take turns, step by step, so that what disturbs one disturbs all
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
-import re
 import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,12 +23,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GemmaConfig, GPT2Config, LlamaConfig, PreTrainedConfig, Qwen2Config
 
 import carma_kernels as ck
-from bench import published, report, vectorised
+from bench import published, report, saved, vectorised
 from bench.workloads import TEXT, Case, Workload
 from carma_kernels.integrations.transformers import HiddenStateTap
 from carma_kernels.measure import environment, peak_memory, synchronize
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def _decoder(
@@ -188,10 +182,8 @@ def main(arguments: list[str] | None = None) -> None:
     if options.save:
         machine = environment() | {"torch_threads": options.threads, "load_at_start": round(load, 2)}
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else machine["cpu"]
-        folder = RESULTS / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{datetime.now(UTC).date()}-train-step.json"
-        path.write_text(json.dumps({"machine_info": machine | {"device": name}, "steps": runs}, indent=1) + "\n")
+        path = saved.new_file(name, "train-step")
+        saved.write(path, {"machine_info": machine | {"device": name}, "steps": runs})
         sys.stdout.write(f"written to {path}\n")
 
 
