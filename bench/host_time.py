@@ -24,7 +24,7 @@ import torch
 
 import carma_kernels as ck
 from bench import report, saved
-from bench.workloads import Case, Workload
+from bench.workloads import Case, Workload, token_spans
 from carma_kernels import _runtime
 from carma_kernels.measure import environment
 
@@ -81,8 +81,7 @@ def measure(subject: Subject, rounds: int, warm_up: int = 20) -> dict[str, Any]:
 
 def _call(case: Case, backend: str) -> Callable[[], tuple[float, float]]:
     """A function that takes the seconds of forward and backward."""
-    _, T = case.attention_mask.shape
-    spans = ck.TokenSpans.from_lists(case.spans, seq_len=T, attention_mask=case.attention_mask)
+    spans = token_spans(case)
 
     def call() -> tuple[float, float]:
         start = time.perf_counter()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import carma_kernels as ck
 from bench import published, vectorised
-from bench.workloads import Case, Workload
+from bench.workloads import Case, Workload, token_spans
 from carma_kernels.integrations.upstream import MILoss, StabilityLoss
 
 Loss = Callable[[Sequence[Tensor]], Tensor]
@@ -115,7 +115,7 @@ def _inf_cl(case: Case) -> Loss:
 
 def _carma_loss(backend: str) -> Callable[[Case], Loss]:
     def prepare(case: Case) -> Loss:
-        spans = _token_spans(case)
+        spans = token_spans(case)
         # over all tokens, padding included, as the others
         return lambda hidden_states: ck.carma_loss(hidden_states, spans, mask="all", backend=backend).loss
 
@@ -126,7 +126,7 @@ def _separate_losses(backend: str) -> Callable[[Case], Loss]:
     config = ck.CarmaConfig()
 
     def prepare(case: Case) -> Loss:
-        spans = _token_spans(case)
+        spans = token_spans(case)
 
         def loss(hidden_states: Sequence[Tensor]) -> Tensor:
             mi = ck.mi_loss(hidden_states, spans, backend=backend)
@@ -136,12 +136,6 @@ def _separate_losses(backend: str) -> Callable[[Case], Loss]:
         return loss
 
     return prepare
-
-
-def _token_spans(case: Case) -> ck.TokenSpans:
-    _, T = case.attention_mask.shape
-    spans = ck.TokenSpans.from_lists(case.spans, seq_len=T, attention_mask=case.attention_mask.cpu())
-    return spans.to(case.attention_mask.device)
 
 
 def _evaluations(workload: Workload) -> int:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from bench.floor import Cost, Rates
+from bench.markdown import milliseconds, provenance, table, workload_of
 from bench.providers import BASELINE, COMPILED, HEADLINE, OURS, PEERS
 from bench.workloads import GROWTH
 
@@ -44,7 +45,7 @@ def details(benchmarks: list[Benchmark], machine: dict[str, Any]) -> str:
         columns: dict[str, Callable[[Benchmark], str]] = {
             "workload": _workload,
             "implementation": lambda b: b["extra_info"]["provider"],
-            "median ms": lambda b: _milliseconds(b["stats"]["median"]),
+            "median ms": lambda b: milliseconds(b["stats"]["median"]),
             "min to max (rounds)": _spread,
             "as a CUDA graph": _graph_milliseconds,
             "against published": partial(_speedup, medians=_medians(chosen, BASELINE)),
@@ -59,8 +60,8 @@ def details(benchmarks: list[Benchmark], machine: dict[str, Any]) -> str:
         filled = {name: column for name, column in cells.items() if any(column)}
         if chosen:
             rows = [list(row) for row in zip(*filled.values(), strict=True)]
-            parts.append(f"Both losses, {passes}:\n\n{_table(list(filled), rows)}")
-    return "\n\n".join([*parts, *_lost(benchmarks), *_growth(benchmarks), *_packing(benchmarks), _provenance(machine)])
+            parts.append(f"Both losses, {passes}:\n\n{table(list(filled), rows)}")
+    return "\n\n".join([*parts, *_lost(benchmarks), *_growth(benchmarks), *_packing(benchmarks), provenance(machine)])
 
 
 def summary(benchmarks: list[Benchmark], machine: dict[str, Any]) -> str:
@@ -71,14 +72,14 @@ def summary(benchmarks: list[Benchmark], machine: dict[str, Any]) -> str:
     losses = [b for b in _losses(benchmarks, "forward+backward") if b["extra_info"]["workload"]["name"] != "growth"]
     chosen = [b for b in losses if b["extra_info"]["provider"] in HEADLINE]
     published = _medians(chosen, BASELINE)
-    time = _pivot(chosen, lambda b: " ".join([f"{_milliseconds(b['stats']['median'])} ms", _speedup(b, published)]))
+    time = _pivot(chosen, lambda b: " ".join([f"{milliseconds(b['stats']['median'])} ms", _speedup(b, published)]))
     memory = _pivot(chosen, lambda b: f"{_megabytes(b)} MB {_share_of_hidden(b)}")
     return "\n\n".join(
         [
             f"Median time of both losses, forward + backward, and how often it fits into the published one:\n\n{time}",
             f"Peak extra memory, and what multiple of the hidden states' size it is:\n\n{memory}",
             *_packing(benchmarks),
-            _provenance(machine),
+            provenance(machine),
         ]
     )
 
@@ -97,8 +98,8 @@ def steps(runs: list[dict[str, Any]]) -> str:
                 f"{run['model']}, {run['dtype']}{', checkpointing' if run['checkpointing'] else ''}",
                 f"B={run['B']}, T={run['T']}, {run['words']}",
                 run["losses"],
-                _milliseconds(middle),
-                f"{_milliseconds(min(run['seconds']))} to {_milliseconds(max(run['seconds']))} ({len(run['seconds'])})",
+                milliseconds(middle),
+                f"{milliseconds(min(run['seconds']))} to {milliseconds(max(run['seconds']))} ({len(run['seconds'])})",
                 "" if run is plain else f"{100 * more_time:+.1f} %",
                 f"{run['B'] * run['T'] / middle:.4g}",
                 f"{run['peak_bytes'] / 1e6:.4g}",
@@ -106,7 +107,7 @@ def steps(runs: list[dict[str, Any]]) -> str:
             ]
         )
     header = ["model", "batch", "CARMA by", "median ms", "min to max (steps)", "time", "tokens/s", "peak MB", "memory"]
-    return f"Whole training steps, and what CARMA adds to them:\n\n{_table(header, rows)}"
+    return f"Whole training steps, and what CARMA adds to them:\n\n{table(header, rows)}"
 
 
 def host_times(runs: list[dict[str, Any]]) -> str:
@@ -116,12 +117,12 @@ def host_times(runs: list[dict[str, Any]]) -> str:
         passes = [f"{1e6 * run[name]['min']:.0f} ({1e6 * run[name]['median']:.0f})" for name in HOST_PASSES]
         ratio = "{of_minima:.2f}x ({median:.2f}x)".format(**run["against_small"])
         call = f"{run['backend']}, {run['dtype']}"
-        rows.append([_workload_of(run["workload"]), call, *passes, ratio])
+        rows.append([workload_of(run["workload"]), call, *passes, ratio])
     header = ["workload", "backend", *HOST_PASSES, "of 100 small operations"]
     return (
         "The host's microseconds for a call of carma_loss and its backward, minimum and median of the rounds, without "
         "the launches where the backend is triton; the ratio of the minima, and the median of the rounds' ratios:"
-        f"\n\n{_table(header, rows)}"
+        f"\n\n{table(header, rows)}"
     )
 
 
@@ -164,14 +165,14 @@ def _lost(benchmarks: list[Benchmark]) -> list[str]:
             compared += len(peers)
             own = seconds[best]
             rows += [
-                [workload, passes, best, _milliseconds(own), name, _milliseconds(peer), f"{own / peer:.3g}x"]
+                [workload, passes, best, milliseconds(own), name, milliseconds(peer), f"{own / peer:.3g}x"]
                 for name, peer in peers.items()
                 if peer < own
             ]
     if not rows:
         return [f"No peer was faster in any of {compared} comparisons."] if compared else []
     header = ["workload", "pass", "this package", "median ms", "faster peer", "its median ms", "as long"]
-    return [f"Cases lost, of {compared}: where a peer was faster.\n\n{_table(header, rows)}"]
+    return [f"Cases lost, of {compared}: where a peer was faster.\n\n{table(header, rows)}"]
 
 
 def _growth(benchmarks: list[Benchmark]) -> list[str]:
@@ -185,10 +186,10 @@ def _growth(benchmarks: list[Benchmark]) -> list[str]:
     if not rows:
         return []
     header = ["implementation", *(f"{size}: time, memory" for size in SIZES)]
-    middle = _workload_of(asdict(GROWTH[0]))
+    middle = workload_of(asdict(GROWTH[0]))
     return [
         "The power of a size with which time and extra memory grow, over the larger half of its values (1 is linear, "
-        f"2 quadratic); the other sizes as in {middle}:\n\n{_table(header, rows)}"
+        f"2 quadratic); the other sizes as in {middle}:\n\n{table(header, rows)}"
     ]
 
 
@@ -213,35 +214,27 @@ def _powers(own: list[Benchmark], size: str) -> list[str]:
 
 def _packing(benchmarks: list[Benchmark]) -> list[str]:
     rows = [
-        [f"{info['B']} x {info['T']} word ids", info["form"], _milliseconds(b["stats"]["median"]), _spread(b)]
+        [f"{info['B']} x {info['T']} word ids", info["form"], milliseconds(b["stats"]["median"]), _spread(b)]
         for b in benchmarks
         if "form" in (info := b["extra_info"])
     ]
     if not rows:
         return []
-    return [f"Packing the words of a batch:\n\n{_table(['batch', 'as', 'median ms', 'min to max (rounds)'], rows)}"]
+    return [f"Packing the words of a batch:\n\n{table(['batch', 'as', 'median ms', 'min to max (rounds)'], rows)}"]
 
 
 def _workload(benchmark: Benchmark) -> str:
-    return _workload_of(benchmark["extra_info"]["workload"])
-
-
-def _workload_of(w: dict[str, Any]) -> str:
-    return f"B={w['B']}, T={w['T']}, L={w['L']}, D={w['D']}, {w['words']}"
-
-
-def _milliseconds(seconds: float) -> str:
-    return f"{seconds * 1e3:.0f}" if seconds >= 1 else f"{seconds * 1e3:.3g}"
+    return workload_of(benchmark["extra_info"]["workload"])
 
 
 def _spread(benchmark: Benchmark) -> str:
     stats = benchmark["stats"]
-    return f"{_milliseconds(stats['min'])} to {_milliseconds(stats['max'])} ({stats['rounds']})"
+    return f"{milliseconds(stats['min'])} to {milliseconds(stats['max'])} ({stats['rounds']})"
 
 
 def _graph_milliseconds(benchmark: Benchmark) -> str:
     seconds = benchmark["extra_info"].get("graph_seconds")
-    return _milliseconds(median(seconds)) if seconds else ""
+    return milliseconds(median(seconds)) if seconds else ""
 
 
 def _speedup(benchmark: Benchmark, medians: dict[str, float]) -> str:
@@ -281,43 +274,7 @@ def _pivot(benchmarks: list[Benchmark], cell: Callable[[Benchmark], str]) -> str
     for b in benchmarks:
         cells.setdefault(_workload(b), {})[b["extra_info"]["provider"]] = cell(b)
     rows = [[workload, *(row.get(provider, "") for provider in providers)] for workload, row in cells.items()]
-    return _table(["workload", *providers], rows)
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    """Numbers, which is every cell that starts with one, to the right."""
-    columns = list(zip(header, *rows, strict=True))
-    widths = [max(map(len, column)) for column in columns]
-    is_number = [all(cell[:1] in "+-0123456789" for cell in column[1:]) for column in columns]
-    is_number[0] = False
-    rule = ["-" * (width - 1) + (":" if right else "-") for width, right in zip(widths, is_number, strict=True)]
-    lines = [
-        [
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(row, widths, is_number, strict=True)
-        ]
-        for row in (header, rule, *rows)
-    ]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _provenance(machine: dict[str, Any]) -> str:
-    commit = "unknown" if machine["commit"] is None else machine["commit"][:10]
-    said = [
-        f"{machine['device']}, {machine['torch_threads']} thread(s) of {machine['cpu_cores']} cores, "
-        f"load average before the run {machine['load_at_start']}"
-    ]
-    if "rates" in machine:
-        rates = Rates(**machine["rates"])
-        said.append(
-            f"copies {rates.bytes_per_second / 1e9:.3g} GB/s, multiplies {rates.flops_per_second / 1e9:.4g} GFLOP/s"
-        )
-    if "timer" in machine:
-        said.append(machine["timer"])
-    versions = [f"torch {machine['torch']}", f"python {machine['python']}"]
-    versions += [f"{name} {machine[name]}" for name in ("triton", "gpu_driver") if machine.get(name)]
-    changes = " with changes" if machine["dirty"] else ""
-    return "; ".join([*said, ", ".join(versions), f"commit {commit}{changes}."])
+    return table(["workload", *providers], rows)
 
 
 def main() -> None:
@@ -347,9 +304,9 @@ def main() -> None:
 
 def _tables(stored: dict[str, Any], losses: Callable[[list[Benchmark], dict[str, Any]], str]) -> str:
     if "steps" in stored:
-        return f"{steps(stored['steps'])}\n\n{_provenance(stored['machine_info'])}"
+        return f"{steps(stored['steps'])}\n\n{provenance(stored['machine_info'])}"
     if "host_times" in stored:
-        return f"{host_times(stored['host_times'])}\n\n{_provenance(stored['machine_info'])}"
+        return f"{host_times(stored['host_times'])}\n\n{provenance(stored['machine_info'])}"
     return losses(stored["benchmarks"], stored["machine_info"])
 
 

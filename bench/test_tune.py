@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from bench import tune
+from bench.candidates import CANDIDATES, QUICK, quick
+from bench.launches import Resources
 from carma_kernels import _runtime
 from carma_kernels.kernels import launch
 
@@ -25,7 +27,7 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys):
 
 
 def test_every_kernel_of_the_launch_table_can_be_tuned():
-    assert set(tune.SUBJECTS) == set(launch.TABLE) - {"similarity_norms"}
+    assert set(tune.SUBJECTS) == set(CANDIDATES) == set(launch.TABLE) - {"similarity_norms"}
 
 
 @pytest.mark.parametrize("name", tune.SUBJECTS)
@@ -35,30 +37,76 @@ def test_there_are_candidates_for_every_size(name):
     for workload in subject.workloads:
         size = getattr(workload, subject.size)
         own = launch.choose(name, _runtime.TARGETS["sm_90"], size, 2)
-        candidates = [candidate for candidate in subject.candidates() if candidate.max_size >= size]
+        candidates = [candidate for candidate in CANDIDATES[name]() if candidate.max_size >= size]
         assert len(candidates) > 5
         assert all(candidate.constants.keys() == own.constants.keys() for candidate in candidates)
 
 
-def test_a_candidate_that_computes_something_else_is_refused(monkeypatch):
+@pytest.mark.parametrize("name", QUICK)
+def test_the_few_that_matter(name):
+    """A dozen in all, which the tuner measures, too."""
+    subject = tune.SUBJECTS[name]
+    size = getattr(subject.workloads[-1], subject.size)
+    own = launch.choose(name, _runtime.TARGETS["sm_90"], min(size, 64) if name == "short_backward" else size, 2)
+    found = quick(name, own)
+    assert 2 <= len(found) <= 6
+    assert all(candidate in list(CANDIDATES[name]()) for candidate in found)
+    assert any(candidate.max_registers == 128 for candidate in found) == (name != "mi_gradient")
+    if name != "short_backward":
+        assert any(256 in candidate.constants.values() for candidate in found)
+        assert {candidate.num_stages for candidate in found} == {3, 4}
+
+
+def tuner(monkeypatch, launched=None):
+    """Of a kernel that does not run; the loss depends on its block. `launched`: options other than those chosen."""
+
+    def kernel():
+        raise AssertionError("it runs")
+
+    kernel.__name__ = "_pairs_forward_kernel"
+    monkeypatch.setattr(_runtime, "launch", lambda *_, **__: None)
+
     def loss(hidden, _spans):
         chosen = launch.choose("pairs_forward", _runtime.INTERPRETER, 16, 4)
+        _runtime.launch(kernel, (8, 1), **(launched or chosen.options))
         return sum(h.sum() for h in hidden) * chosen.constants["BLOCK_D"]
 
     subject = tune.SUBJECTS["pairs_forward"]
     monkeypatch.setitem(tune.SUBJECTS, "pairs_forward", tune.replace(subject, loss=loss))
-    tuner = tune.Tuner("pairs_forward", tune.TINY, torch.float32, "cpu")
-    own = launch.TABLE["pairs_forward"][0]
-    right = tuner.measure(tune.replace(own, num_warps=1), lambda _repeated: (1.0, 2.0, 3.0))
-    wrong = tuner.measure(launch.Configuration({"BLOCK_D": 8}), lambda _repeated: (1.0, 2.0, 3.0))
-    assert right.microseconds == (1.0, 2.0, 3.0)
+    return tune.Tuner("pairs_forward", tune.TINY.build())
+
+
+OWN = launch.TABLE["pairs_forward"][0]
+
+
+def times(_repeated):
+    return 1.0, 2.0, 3.0
+
+
+def test_a_candidate_that_computes_something_else_is_refused(monkeypatch):
+    measure = tuner(monkeypatch).measure
+    right = measure(tune.replace(OWN, num_warps=1), times)
+    assert right.seconds == (1.0, 2.0, 3.0)
     assert right.configuration.num_warps == 1
-    assert "is wrong" in wrong
+    assert "is wrong" in measure(launch.Configuration({"BLOCK_D": 8}), times)
+
+
+def test_a_candidate_that_was_not_launched_is_refused(monkeypatch):
+    measure = tuner(monkeypatch, launched=OWN.options).measure
+    assert measure(OWN, times).configuration == OWN
+    assert measure(tune.replace(OWN, num_warps=1), times) == "is not what was launched"
+
+
+def test_a_grid_can_be_changed(monkeypatch):
+    measure, grids = tuner(monkeypatch).measure, []
+    monkeypatch.setattr(_runtime, "launch", lambda _kernel, grid, **_: grids.append(grid))
+    measure(None, lambda repeated: (repeated(),) * 3, lambda grid: (grid[0], 4))
+    assert set(grids) == {(8, 4)}
 
 
 def test_a_row_can_be_pasted():
     configuration = launch.Configuration({"BLOCK_D": 64}, num_warps=8, max_registers=128)
-    row = tune.entry(tune.Measured(configuration, (1.0, 2.0, 3.0), 4096), 768, 2)
+    row = tune.entry(tune.Measured(configuration, (1.0, 2.0, 3.0), Resources(64, 0, 4096)), 768, 2)
     pasted = eval(row.rstrip(","), {"Configuration": launch.Configuration})
     assert pasted == tune.replace(configuration, max_size=768, max_bytes=2, shared_memory=4096)
 
@@ -66,7 +114,8 @@ def test_a_row_can_be_pasted():
 def test_faster_is_beyond_the_spread():
     configuration = launch.Configuration({})
     slow, near, fast = (
-        tune.Measured(configuration, times, 0) for times in ((9.0, 10.0, 11.0), (8.0, 8.5, 9.5), (7.0, 8.0, 8.9))
+        tune.Measured(configuration, of, Resources(None, None, None))
+        for of in ((9.0, 10.0, 11.0), (8.0, 8.5, 9.5), (7.0, 8.0, 8.9))
     )
     assert fast.beats(slow)
     assert not near.beats(slow)

@@ -19,18 +19,18 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 import carma_kernels as ck
-from bench.workloads import Case, Workload
+from bench.candidates import CANDIDATES
+from bench.launches import Grid, Resources, recorded
+from bench.on_gpu import Spread, kernel_seconds
+from bench.workloads import Case, Workload, token_spans
 from carma_kernels import _runtime
 from carma_kernels.kernels import launch
 from carma_kernels.kernels.launch import Configuration
@@ -64,49 +64,8 @@ class Subject:
 
     loss: Loss
     workloads: tuple[Workload, ...]
-    candidates: Callable[[], Iterator[Configuration]]
     size: str  # of a workload, that decides in the launch table
     kernels: tuple[str, ...] = ()  # that are launched with it, if not the one of its name
-
-
-def _grid(
-    blocks: Sequence[dict[str, int]], warps: Sequence[int], stages: Sequence[int] = (3,)
-) -> Iterator[Configuration]:
-    for constants, num_warps, num_stages in itertools.product(blocks, warps, stages):
-        yield Configuration(constants, num_warps=num_warps, num_stages=num_stages)
-
-
-def _short() -> Iterator[Configuration]:
-    for tokens, width, buffers in itertools.product((16, 32, 64, 128), (16, 32, 64, 128), (2, 3)):
-        for rows in {min(tokens, rows) for rows in (32, 64)}:
-            constants = {"BLOCK_M": rows, "BLOCK_T": tokens, "BLOCK_D": width, "NUM_BUFFERS": buffers}
-            yield from (Configuration(constants, num_warps=warps, max_size=tokens) for warps in (4, 8))
-
-
-def _tiles(registers: Sequence[int | None]) -> Iterator[Configuration]:
-    for rows, columns, warps in ((64, 64, 4), (64, 128, 4), (128, 128, 8), (128, 256, 8)):
-        for width, stages, most in itertools.product((32, 64), (2, 3, 4), registers):
-            constants = {"BLOCK_M": rows, "BLOCK_N": columns, "BLOCK_D": width, "PIECES": max(4, columns // 16)}
-            yield Configuration(constants, num_warps=warps, num_stages=stages, max_registers=most)
-
-
-def _products() -> Iterator[Configuration]:
-    for rows, depth, width, pieces, warps in (
-        (64, 64, 64, 2, 4),
-        (64, 64, 128, 4, 4),
-        (128, 64, 128, 4, 8),
-        (128, 32, 128, 4, 8),
-        (128, 64, 256, 8, 8),
-        (128, 32, 256, 8, 8),
-    ):
-        constants = {"BLOCK_M": rows, "BLOCK_K": depth, "BLOCK_D": width, "PIECES": pieces}
-        yield from _grid([constants], [warps], (2, 3, 4))
-
-
-def _rows(most: int) -> Iterator[Configuration]:
-    for width, elements in itertools.product((512, 1024, 2048, 4096), (1024, 2048, 4096, 8192)):
-        if width <= most:
-            yield from _grid([{"BLOCK_ROWS": max(1, elements // width), "BLOCK_D": width}], (4, 8, 16))
 
 
 _GROUPS = tuple(Workload("groups", 12, 16, T, 768, "dense") for T in (16, 32, 64, 124))
@@ -114,66 +73,23 @@ _LONG = (Workload("long", 12, 8, 1024, 768, "dense"), Workload("long", 4, 1, 819
 _WIDE = tuple(Workload("wide", 8, 8, 512, D, "dense") for D in (512, 768, 2048, 4096))
 
 SUBJECTS = {
-    "stability_forward": Subject(_stability, _WIDE, partial(_rows, 4096), "D"),
-    "stability_backward": Subject(_stability, _WIDE, partial(_rows, 4096), "D"),
-    "short_forward": Subject(_carma, _GROUPS, _short, "T"),
-    "short_backward": Subject(_carma, _GROUPS, _short, "T"),
-    "mi_scores": Subject(_carma, _LONG, partial(_tiles, (None, 128)), "T"),
-    "mi_weights": Subject(_carma, _LONG, partial(_tiles, (None, 128)), "T"),
-    "mi_gradient": Subject(_carma, _LONG, _products, "T"),
+    "stability_forward": Subject(_stability, _WIDE, "D"),
+    "stability_backward": Subject(_stability, _WIDE, "D"),
+    "short_forward": Subject(_carma, _GROUPS, "T"),
+    "short_backward": Subject(_carma, _GROUPS, "T"),
+    "mi_scores": Subject(_carma, _LONG, "T"),
+    "mi_weights": Subject(_carma, _LONG, "T"),
+    "mi_gradient": Subject(_carma, _LONG, "T"),
     "similarity_tiles": Subject(
-        _similarity,
-        (*_GROUPS[2:], _LONG[0]),
-        lambda: _grid([{"BLOCK_T": t, "BLOCK_D": d} for t in (32, 64, 128) for d in (32, 64, 128)], (4, 8)),
-        "T",
-        ("similarity_forward", "similarity_projection"),
+        _similarity, (*_GROUPS[2:], _LONG[0]), "T", ("similarity_forward", "similarity_projection")
     ),
-    "similarity_backward": Subject(
-        _similarity,
-        (*_GROUPS[2:], _LONG[0]),
-        lambda: _grid(
-            [{"BLOCK_T": t, "BLOCK_J": j, "BLOCK_D": 128} for t in (32, 64, 128) for j in (32, 64)], (4, 8), (2, 3)
-        ),
-        "T",
-    ),
-    "pairs_forward": Subject(
-        _listed, _WIDE, lambda: _grid([{"BLOCK_D": d} for d in (128, 256, 512, 1024)], (1, 2, 4)), "D"
-    ),
-    "pairs_backward": Subject(
-        _listed, _WIDE, lambda: _grid([{"BLOCK_D": d} for d in (512, 1024, 2048, 4096)], (1, 2, 4, 8)), "D"
-    ),
+    "similarity_backward": Subject(_similarity, (*_GROUPS[2:], _LONG[0]), "T"),
+    "pairs_forward": Subject(_listed, _WIDE, "D"),
+    "pairs_backward": Subject(_listed, _WIDE, "D"),
 }
-"""By their names in the launch table; `similarity_norms` is too short to matter."""
+"""By their names in the launch table, as `CANDIDATES`"""
 
 TINY = Workload("tiny", 2, 1, 12, 16, "dense")
-
-
-class Launch(NamedTuple):
-    """A kernel's launch, to be repeated."""
-
-    launch: Callable[..., Any]
-    kernel: Any
-    grid: tuple[int, ...]
-    args: tuple[Any, ...]
-    constants: dict[str, Any]
-
-    def __call__(self) -> Any:
-        return self.launch(self.kernel, self.grid, *self.args, **self.constants)
-
-
-@contextmanager
-def _recorded(names: Sequence[str]) -> Iterator[list[Launch]]:
-    """The launches of these kernels within."""
-    launches = []
-    launch_kernel = _runtime.launch
-
-    def recorded(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> Any:
-        if kernel.__name__.strip("_").removesuffix("_kernel") in names:
-            launches.append(Launch(launch_kernel, kernel, grid, args, constants))
-        return launch_kernel(kernel, grid, *args, **constants)
-
-    with patch.object(_runtime, "launch", recorded):
-        yield launches
 
 
 @dataclass(frozen=True)
@@ -181,44 +97,43 @@ class Measured:
     """A candidate's time."""
 
     configuration: Configuration
-    microseconds: tuple[float, float, float]  # 20th percentile, median, 80th
-    shared_memory: int
+    seconds: Spread
+    resources: Resources
 
     def beats(self, other: Measured) -> bool:
         """Beyond the spread of both."""
-        return self.microseconds[2] < other.microseconds[0]
+        return self.seconds[2] < other.seconds[0]
 
 
-Timer = Callable[[Callable[[], object]], tuple[float, float, float]]
+Timer = Callable[[Callable[[], object]], Spread]
 
 
-def on_gpu(repeated: Callable[[], object]) -> tuple[float, float, float]:
-    """Microseconds with a cold L2 cache."""
-    from triton.testing import do_bench
-
-    fast, middle, slow = do_bench(repeated, quantiles=[0.2, 0.5, 0.8])
-    return fast * 1e3, middle * 1e3, slow * 1e3
-
-
-def in_rehearsal(repeated: Callable[[], object]) -> tuple[float, float, float]:
+def in_rehearsal(repeated: Callable[[], object]) -> Spread:
     """Of the interpreter, which says nothing of a GPU."""
     start = time.perf_counter()
     repeated()
-    return ((time.perf_counter() - start) * 1e6,) * 3
+    return (time.perf_counter() - start,) * 3
 
 
 class Tuner:
     """Measures the candidates of one kernel on one workload."""
 
-    def __init__(self, name: str, workload: Workload, dtype: torch.dtype, device: str) -> None:
+    def __init__(self, name: str, case: Case) -> None:
         """Take a name in the launch table."""
-        self._name, self._dtype, self._subject = name, dtype, SUBJECTS[name]
-        self._case = workload.build(dtype=dtype, device=device)
-        self._spans = _spans(self._case)
+        self._name, self._subject, self._case = name, SUBJECTS[name], case
+        self._spans = token_spans(case)
         self._wanted = self._results()
 
-    def measure(self, configuration: Configuration | None, timer: Timer) -> Measured | str:
-        """A candidate's time, or why it has none; None for the table's own choice."""
+    def measure(
+        self, configuration: Configuration | None, timer: Timer, grid: Callable[[Grid], Grid] = lambda own: own
+    ) -> Measured | str:
+        """A candidate's time, or why it has none.
+
+        Args:
+            configuration: None for the table's own choice.
+            timer: of the launches.
+            grid: on which one to launch, of that on which it would be.
+        """
         chosen: list[Configuration] = []
         choose = launch.choose
 
@@ -229,31 +144,30 @@ class Tuner:
                 chosen.extend([found] if found is not None else [])
             return found
 
+        kernels = self._subject.kernels or (self._name,)
         try:
-            with patch.object(launch, "choose", forced), _recorded(self._subject.kernels or (self._name,)) as launches:
+            with patch.object(launch, "choose", forced), recorded(kernels, grid) as launches:
                 results = self._results()
-            for wanted, found in zip(self._wanted, results, strict=True):
-                error = (wanted.float() - found.float()).abs().max() / wanted.float().abs().max()
-                if not error <= AGREE[self._dtype]:  # also if it is no number
-                    return f"is wrong: off by {error:.1e} of the largest number"
-            shared = max(
-                (getattr(getattr(launched(), "metadata", None), "shared", 0) for launched in launches), default=0
-            )
-            times = timer(lambda: [launched() for launched in launches])
+            if not chosen or not any(chosen[-1].options.items() <= made.constants.items() for made in launches):
+                return "is not what was launched"
+            if (reason := self._disagreement(results)) is not None:
+                return reason
+            resources = [Resources.of(made()) for made in launches]
+            seconds = timer(lambda: [made() for made in launches])
         except Exception as error:  # a candidate that does not compile or fit is a finding
             return f"fails: {type(error).__name__}: {' '.join(str(error).split())[:120]}"
-        return Measured(chosen[-1], times, shared)
+        return Measured(chosen[-1], seconds, max(resources, key=lambda needs: needs.shared_memory or 0))
+
+    def _disagreement(self, results: list[Tensor]) -> str | None:
+        for wanted, found in zip(self._wanted, results, strict=True):
+            error = (wanted.float() - found.float()).abs().max() / wanted.float().abs().max()
+            if not error <= AGREE[self._case.hidden_states[0].dtype]:  # also if it is no number
+                return f"is wrong: off by {error:.1e} of the largest number"
+        return None
 
     def _results(self) -> list[Tensor]:
         loss = self._subject.loss(self._case.hidden_states, self._spans)
         return [loss.detach(), *torch.autograd.grad(loss, self._case.hidden_states)]
-
-
-def _spans(case: Case) -> ck.TokenSpans:
-    B, T = case.attention_mask.shape
-    spans = ck.TokenSpans.from_lists(case.spans, seq_len=T, attention_mask=case.attention_mask.cpu())
-    assert spans.shape == (B, T)
-    return spans.to(case.hidden_states[0].device)
 
 
 def entry(measured: Measured, size: int, element_bytes: int) -> str:
@@ -266,17 +180,17 @@ def entry(measured: Measured, size: int, element_bytes: int) -> str:
         value = getattr(configuration, name)
         if value is not None:
             arguments.append(f"{name}={value}")
-    return f"Configuration({', '.join(arguments)}, shared_memory={measured.shared_memory}),"
+    return f"Configuration({', '.join(arguments)}, shared_memory={measured.resources.shared_memory or 0}),"
 
 
 def tune(names: Sequence[str], dtypes: Sequence[torch.dtype], rehearse: bool, write: Callable[[str], object]) -> None:
     """Measure, and write a line for each candidate, then the rows."""
-    timer, device = (in_rehearsal, "cpu") if rehearse else (on_gpu, "cuda")
+    timer, device = (in_rehearsal, "cpu") if rehearse else (kernel_seconds, "cuda")
     rows: dict[str, list[str]] = {}
     for name, dtype in itertools.product(names, dtypes):
         subject = SUBJECTS[name]
         for workload in (TINY,) if rehearse else subject.workloads:
-            tuner = Tuner(name, workload, dtype, device)
+            tuner = Tuner(name, workload.build_there(device, dtype))
             size = getattr(workload, subject.size)
             write(f"{name}, {workload}, {str(dtype).removeprefix('torch.')}: us, 20th percentile and 80th")
             shipped = tuner.measure(None, timer)
@@ -284,11 +198,11 @@ def tune(names: Sequence[str], dtypes: Sequence[torch.dtype], rehearse: bool, wr
             if isinstance(shipped, str):
                 continue
             best = shipped
-            fitting = (candidate for candidate in subject.candidates() if candidate.max_size >= size)
+            fitting = (candidate for candidate in CANDIDATES[name]() if candidate.max_size >= size)
             for candidate in itertools.islice(fitting, 2 if rehearse else None):
                 measured = tuner.measure(candidate, timer)
                 write(f"  {_line(measured, candidate)}")
-                if isinstance(measured, Measured) and measured.microseconds[1] < best.microseconds[1]:
+                if isinstance(measured, Measured) and measured.seconds[1] < best.seconds[1]:
                     best = measured
             if best.beats(shipped):
                 rows.setdefault(name, []).append(entry(best, size, dtype.itemsize))
@@ -307,7 +221,7 @@ def _line(measured: Measured | str, configuration: Configuration | None = None) 
     )
     if isinstance(measured, str):
         return f"{options} {measured}"
-    fast, middle, slow = measured.microseconds
+    fast, middle, slow = (1e6 * seconds for seconds in measured.seconds)
     return f"{middle:10.1f} ({fast:.1f} to {slow:.1f})  {options}"
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from carma_kernels import TokenSpans
 
 Spans = list[list[tuple[int, int]]]
 
@@ -35,6 +38,13 @@ class Case(NamedTuple):
     def nbytes(self) -> int:
         """Size of the hidden states."""
         return sum(h.nbytes for h in self.hidden_states)
+
+
+def token_spans(case: Case) -> TokenSpans:
+    """A case's words as the package takes them, on its device."""
+    _, T = case.attention_mask.shape
+    spans = TokenSpans.from_lists(case.spans, seq_len=T, attention_mask=case.attention_mask.cpu())
+    return spans.to(case.attention_mask.device)
 
 
 @dataclass(frozen=True)
@@ -73,15 +83,26 @@ class Workload:
             values: the dtype to whose precision the values are rounded first, so that an fp64 case can hold exactly
                 what a bfloat16 one does.
         """
-        generator = torch.Generator().manual_seed(0)
-        layers = []
-        h = torch.zeros(self.B, self.T, self.D)
+        layers = [h.to(values).to(device, dtype, copy=True) for h in self._drifting(torch.device("cpu"))]
+        return self._case(layers)
+
+    def build_there(self, device: torch.device | str, dtype: torch.dtype) -> Case:
+        """The same drawn on the device, at once: other values than `build`'s, and other ones on another device."""
+        return self._case([h.to(dtype, copy=True) for h in self._drifting(torch.device(device))])
+
+    def _drifting(self, device: torch.device) -> Iterator[Tensor]:
+        """L times `[B, T, D]` fp32, one at a time."""
+        generator = torch.Generator(device).manual_seed(0)
+        h = torch.zeros(self.B, self.T, self.D, device=device)
         for _ in range(self.L):
-            h = h + torch.randn(self.B, self.T, self.D, generator=generator)  # [B, T, D]
-            layers.append(h.to(values).to(device, dtype, copy=True).requires_grad_())
+            h = h + torch.randn(self.B, self.T, self.D, generator=generator, device=device)  # [B, T, D]
+            yield h
+
+    def _case(self, layers: list[Tensor]) -> Case:
         spans = self.spans()
         lengths = torch.tensor([words[-1][1] for words in spans])  # [B]
-        return Case(layers, spans, (torch.arange(self.T) < lengths[:, None]).to(device))
+        mask = (torch.arange(self.T) < lengths[:, None]).to(layers[0].device)
+        return Case([h.requires_grad_() for h in layers], spans, mask)
 
     def spans(self) -> Spans:
         """The words, without the cost of hidden states."""
