@@ -9,7 +9,7 @@ DEMO := $(READY:.ready=.demo)
 CORE := $(READY:.ready=.core)
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
 
-.PHONY: help setup test test-interpreter test-triton test-gpu-quick test-gpu test-gpu-sanitizer published lint types demo evaluate bench bench-smoke bench-gpu tune doctor verify clean distclean
+.PHONY: help setup test test-interpreter test-triton test-gpu-quick test-gpu test-gpu-sanitizer published lint types demo evaluate bench bench-smoke bench-gpu-quick bench-gpu tune doctor verify clean distclean
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -115,7 +115,14 @@ bench-smoke: $(READY)  ## every bench once on a tiny case, untimed
 	$(BIN)/python -m pytest bench --benchmark-disable -m smoke
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest bench --benchmark-disable -m smoke -k triton
 
-bench-gpu: $(READY)  ## the same on a GPU, with the paper's seven models
+# ARGS: more for bench.gpu_quick, as --only candidates, --seconds 300, --out folder
+ARGS ?=
+
+bench-gpu-quick: $(READY)  ## the kernels, their peers and candidates for the launch table on a GPU, in nine minutes
+	@$(FIND_GPU)
+	$(BIN)/python -m bench.gpu_quick $(ARGS)
+
+bench-gpu: $(READY)  ## every bench on a GPU, with the paper's seven models: hours
 	$(BIN)/python -m pytest bench --device cuda --dtype bfloat16 --models --growth --save
 	$(BIN)/python -m bench.train_step --device cuda --models gpt2 gpt2-large gemma-2b llama-3.2-1b llama-3.2-3b qwen2.5-0.5b qwen2.5-3b --shapes 16x58 8x1024 --checkpointing no yes --save
 

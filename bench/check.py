@@ -90,11 +90,11 @@ def _whole_in_fp64(semantics: str, workload: Workload, device: torch.device, dty
     random.seed(0)
     if semantics == "published":
         return run(lambda h: vectorised.sampled_carma_loss(h, case.spans), case.hidden_states, backward=True)
-    return _exact_by_layer(case)
+    return exact_by_layer(case)
 
 
-def _exact_by_layer(case: Case) -> Result:
-    """`vectorised.exact_carma_loss`, a layer's Gram matrix at a time: all of them would not fit into memory."""
+def exact_by_layer(case: Case) -> Result:
+    """`vectorised.exact_carma_loss`, a layer's Gram matrix at a time: all of them in fp64 would not fit into memory."""
     index = vectorised.index_anchors(case)
     stability = published.STABILITY_WEIGHT * vectorised.stability_loss(case.hidden_states)
     gradients = list(torch.autograd.grad(stability, case.hidden_states))

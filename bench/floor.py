@@ -42,18 +42,45 @@ class Cost:
 
 def costs(workload: Workload, element_bytes: int, passes: Passes) -> list[Cost]:
     """The cost of each pass at least, on one device."""
-    L, B, T, D = workload.L, workload.B, workload.T, workload.D
-    hidden_bytes = L * B * T * D * element_bytes
-    scores = applied = 0
+    scores, applied, hidden = _products(workload), _products(workload, applied=True), element_bytes * _numbers(workload)
+    forward = Cost(hidden, scores)
+    if passes == "forward":
+        return [forward]
+    return [forward, Cost(2 * hidden, scores + applied)]
+
+
+def kernel_cost(kernel: str, workload: Workload, element_bytes: int) -> Cost | None:
+    """Of the launches of one of this package's kernels in a step with both losses; None for what is small.
+
+    As if the hidden states were read once by each, and gradients written once.
+    """
+    hidden, scores = element_bytes * _numbers(workload), _products(workload)
+    applied = _products(workload, applied=True)
+    return {
+        "stability_forward": Cost(hidden, 0),
+        "stability_backward": Cost(2 * hidden, 0),
+        "short_forward": Cost(hidden, scores),
+        "short_backward": Cost(2 * hidden, scores + applied),
+        "mi_scores": Cost(hidden, scores),
+        "mi_weights": Cost(hidden, scores),
+        "mi_gradient": Cost(2 * hidden, applied),
+    }.get(kernel)
+
+
+def _numbers(workload: Workload) -> int:
+    """Of the hidden states."""
+    return workload.L * workload.B * workload.T * workload.D
+
+
+def _products(workload: Workload, *, applied: bool = False) -> int:
+    """FLOPs of the scores, or of what their weights are applied to."""
+    products = 0
     for words in workload.spans():
         V = words[-1][1]  # valid tokens
         A = sum(end - start - 1 for start, end in words if end - start > 1)  # anchors: all but the last of a word
-        scores += A * V
-        applied += 2 * A * V - A * A  # a weight between two anchors is applied in one product with its mirror image
-    forward = Cost(hidden_bytes, 2 * scores * D * L)
-    if passes == "forward":
-        return [forward]
-    return [forward, Cost(2 * hidden_bytes, 2 * (scores + applied) * D * L)]
+        # a weight between two anchors is applied in one product with its mirror image
+        products += 2 * A * V - A * A if applied else A * V
+    return 2 * products * workload.D * workload.L
 
 
 def floor_seconds(workload: Workload, element_bytes: int, passes: Passes, rates: Rates) -> float:
@@ -67,7 +94,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     source = torch.ones((1 << 30) if on_gpu else (1 << 28), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     n = 8192 if on_gpu else 1024
-    a = torch.ones(n, n, dtype=dtype, device=device)
+    a = torch.randn(n, n, device=device).to(dtype)  # equal numbers take less power, and go faster
     b = torch.empty_like(a)
     copy = _median_seconds(lambda: target.copy_(source), device)
     product = _median_seconds(lambda: torch.mm(a, a, out=b), device)

@@ -43,12 +43,17 @@ def provenance(machine: dict[str, Any]) -> str:
     ]
     if "rates" in machine:
         rates = Rates(**machine["rates"])
-        said.append(
-            f"copies {rates.bytes_per_second / 1e9:.3g} GB/s, multiplies {rates.flops_per_second / 1e9:.4g} GFLOP/s"
-        )
+        copies, products = _in_billions(rates.bytes_per_second, 3), _in_billions(rates.flops_per_second, 4)
+        said.append(f"copies {copies}B/s, multiplies {products}FLOP/s")
     if "timer" in machine:
         said.append(machine["timer"])
     versions = [f"torch {machine['torch']}", f"python {machine['python']}"]
     versions += [f"{name} {machine[name]}" for name in ("triton", "gpu_driver") if machine.get(name)]
     changes = " with changes" if machine["dirty"] else ""
-    return "; ".join([*said, ", ".join(versions), f"commit {commit}{changes}."])
+    command = [f"`{machine['command']}`"] if "command" in machine else []
+    return "; ".join([*said, ", ".join(versions), *command, f"commit {commit}{changes}."])
+
+
+def _in_billions(number: float, digits: int) -> str:
+    """`19.2 G`, or `4.31 T` of what a GPU has."""
+    return f"{number / 1e9:.{digits}g} G" if number < 1e12 else f"{number / 1e12:.{digits}g} T"

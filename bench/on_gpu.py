@@ -12,6 +12,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from bench.floor import Rates, measure_rates
+
 Result = TypeVar("Result")
 Spread = tuple[float, float, float]
 """Seconds: the 20th percentile, the median, the 80th."""
@@ -101,7 +103,7 @@ def kernel_seconds(launch: Callable[[], object], rounds: int = 30) -> Spread:
 class Gpu:
     """The current GPU, for `bench.gpu_quick`. A rehearsal has the same without one."""
 
-    is_rehearsal = False
+    rounds = 30
 
     def __init__(self) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())
@@ -140,9 +142,13 @@ class Gpu:
 
         return replay
 
-    def compiled(self, function: Callable[..., Result], mode: str | None) -> Callable[..., Result]:
-        """By torch.compile."""
-        return torch.compile(function, dynamic=False, mode=mode)
+    def how_to_compile(self, mode: str | None) -> tuple[str | None, str]:
+        """The mode and the backend for torch.compile."""
+        return mode, "inductor"
+
+    def rates(self, dtype: torch.dtype) -> Rates:
+        """What it does at best."""
+        return measure_rates(self.device, dtype)
 
     def reserved_bytes(self) -> int:
         """Of memory that tensors or graphs have, or could have without asking for more."""
@@ -157,4 +163,7 @@ class Gpu:
             step()
             torch.cuda.synchronize(self.device)
         on_device = (event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA)
-        return dict(Counter(event.name for event in on_device))
+        found = dict(Counter(event.name for event in on_device))
+        if not found:
+            raise RuntimeError("torch's profiler has seen nothing on the device")
+        return found

@@ -31,6 +31,8 @@ def draw(stored: dict[str, Any], folder: Path) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     if "steps" in stored:
         figures = {"train_step": _train_step(stored["steps"])}
+    elif "benchmarks" not in stored:
+        figures = {}
     else:
         chosen = [b for b in stored["benchmarks"] if b["extra_info"].get("passes") == "forward+backward"]
         by_name = {name: [b for b in chosen if b["extra_info"]["workload"]["name"] == name] for name in _names(chosen)}

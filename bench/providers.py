@@ -98,11 +98,26 @@ def _exact(case: Case) -> Loss:
     return lambda hidden_states: vectorised.exact_carma_loss(hidden_states, index)
 
 
+def compiled_peer(mode: str | None = None, backend: str = "inductor") -> Callable[[Case], Loss]:
+    """By torch.compile, each shape for itself: a dynamic one would cost the compiled code its speed."""
+
+    def prepare(case: Case) -> Loss:
+        index = vectorised.index_anchors(case)
+        compiled = torch.compile(vectorised.exact_carma_loss, dynamic=False, mode=mode, backend=backend)
+
+        def loss(hidden_states: Sequence[Tensor]) -> Tensor:
+            if mode == "reduce-overhead":  # its graphs write where the step before has left its results
+                torch.compiler.cudagraph_mark_step_begin()
+            return compiled(hidden_states, index)
+
+        return loss
+
+    return prepare
+
+
 def _compiled(case: Case) -> Loss:
-    index = vectorised.index_anchors(case)
-    torch.compiler.reset()  # every workload its own: a dynamic shape would cost the compiled code its speed
-    compiled = torch.compile(vectorised.exact_carma_loss, dynamic=False)
-    return lambda hidden_states: compiled(hidden_states, index)
+    torch.compiler.reset()  # it gives up after a few shapes
+    return compiled_peer()(case)
 
 
 def _metric_learning(case: Case) -> Loss:

@@ -22,6 +22,7 @@ import numpy as np
 from bench.floor import Cost, Rates
 from bench.markdown import milliseconds, provenance, table, workload_of
 from bench.providers import BASELINE, COMPILED, HEADLINE, OURS, PEERS
+from bench.quick_tables import quick
 from bench.workloads import GROWTH
 
 PASSES = ("forward+backward", "forward")
@@ -305,6 +306,8 @@ def main() -> None:
 def _tables(stored: dict[str, Any], losses: Callable[[list[Benchmark], dict[str, Any]], str]) -> str:
     if "steps" in stored:
         return f"{steps(stored['steps'])}\n\n{provenance(stored['machine_info'])}"
+    if "parts" in stored:
+        return quick(stored)
     if "host_times" in stored:
         return f"{host_times(stored['host_times'])}\n\n{provenance(stored['machine_info'])}"
     return losses(stored["benchmarks"], stored["machine_info"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.floor import Cost, Rates, costs
+from bench.floor import Cost, Rates, costs, kernel_cost
 from bench.workloads import TINY
 
 pytestmark = pytest.mark.smoke
@@ -23,6 +23,17 @@ def test_every_product_is_counted(tiny):
     assert costs(tiny, 2, "forward") == [forward]
     assert forward == Cost(hidden, 2 * tiny.D * tiny.L * scored)
     assert backward == Cost(2 * hidden, 2 * tiny.D * tiny.L * (scored + applied))
+
+
+def test_kernels_share_the_cost_of_the_passes():
+    """The long path's backward makes the scores again, and reads the hidden states once more for that."""
+    forward, backward = costs(TINY[0], 2, "forward+backward")
+    assert kernel_cost("short_forward", TINY[0], 2) == kernel_cost("mi_scores", TINY[0], 2) == forward
+    assert kernel_cost("short_backward", TINY[0], 2) == backward
+    weights, gradient = (kernel_cost(f"mi_{name}", TINY[0], 2) for name in ("weights", "gradient"))
+    assert weights.flops + gradient.flops == backward.flops
+    assert gradient.bytes == backward.bytes
+    assert kernel_cost("finalize", TINY[0], 2) is None
 
 
 def test_the_slower_of_the_two_is_the_floor():

@@ -76,12 +76,18 @@ def option(command: list[str], name: str) -> str:
     return command[command.index(name) + 1]
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", [*TARGETS, "bench-gpu-quick"])
 def test_without_a_gpu_the_targets_fail(target: str):
     result = make(target, **NO_GPU)
     assert result.returncode == 2, result.stdout  # make's status for a command that failed
     assert "finds none that it can use: see make doctor" in result.stdout
     assert "pytest" not in result.stdout
+    assert "gpu_quick" not in result.stdout
+
+
+def test_the_quick_bench_takes_options():
+    result = make("bench-gpu-quick", "--dry-run", "ARGS=--seconds 300 --only rates")
+    assert result.stdout.splitlines()[-1].endswith("python -m bench.gpu_quick --seconds 300 --only rates")
 
 
 @pytest.mark.parametrize("target", TARGETS)

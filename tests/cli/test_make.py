@@ -25,6 +25,7 @@ DEV = [
     "test-gpu-quick",
     "test-gpu",
     "test-gpu-sanitizer",
+    "bench-gpu-quick",
     "bench-gpu",
     "tune",
 ]
