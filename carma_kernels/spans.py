@@ -266,6 +266,13 @@ class TokenSpans:
     @property
     def attention_mask(self) -> Tensor:
         """`[B, T]` bool: the token is valid. A view, which costs a device nothing."""
+        return self._attention_mask() if torch.compiler.is_compiling() else self._kept_attention_mask
+
+    @cached_property
+    def _kept_attention_mask(self) -> Tensor:
+        return self._attention_mask()
+
+    def _attention_mask(self) -> Tensor:
         B, T = self.shape
         return self._view("attention_mask").view(torch.bool)[: B * T].view(B, T)
 

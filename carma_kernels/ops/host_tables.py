@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,7 +14,7 @@ _BLOCK = 2**17  # numbers, 1 MiB: the tables of hundreds of captured calls
 
 def copied_to(values: Sequence[int], device: torch.device) -> Tensor:
     """`values` as int64 on the device."""
-    table = torch.tensor(values, dtype=torch.int64)
+    table = torch.from_numpy(np.array(values, dtype=np.int64))  # half the time of torch.tensor
     if device.type == "cpu":
         return table
     if torch.cuda.is_current_stream_capturing():

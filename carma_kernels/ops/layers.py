@@ -189,6 +189,9 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+_LARGEST = torch.finfo(torch.float32).max
+
+
 def _fp32_bits(number: float) -> int:
     """As an int64 begins with them in memory."""
-    return int.from_bytes(struct.pack("=f", min(number, torch.finfo(torch.float32).max)), sys.byteorder)
+    return int.from_bytes(struct.pack("=f", min(number, _LARGEST)), sys.byteorder)

@@ -38,7 +38,7 @@ ROOMS = {
     "kernels": Room({"_runtime"}, {"triton"}),
     "ops": Room(
         {"_autograd", "_operators", "_ranks", "_runtime", "_terms", "distributed", "kernels", "pairs", "spans"},
-        {"rich", "torch", "triton"},
+        {"numpy", "rich", "torch", "triton"},
     ),
     "eager": Room({"_autograd", "_operators", "_terms", "distributed", "pairs", "spans"}, {"torch"}),
     # the public interface
