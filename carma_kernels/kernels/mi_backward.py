@@ -394,8 +394,7 @@ def _mi_gradient_kernel(
     _write_rows(
         gradient,
         rows,
-        factor,
-        weights,
+        (factor, weights),
         layers,
         width_start,
         D,
@@ -431,8 +430,7 @@ def _sum_rows(row_ptr, num_rows, stride, WIDTH: tl.constexpr):
 def _write_rows(
     gradient,  # [BLOCK_M, BLOCK_D] sum of M' h
     rows,  # whether to write, to read, in the MI loss, in the stability loss; projection; offset [BLOCK_M, 1]
-    factor,
-    weights,  # of the stencil
+    scales,  # of the MI loss's part, and the weights of the stencil
     layers,
     width_start,
     D,
@@ -452,8 +450,7 @@ def _write_rows(
         _write_rows(
             left,
             rows,
-            factor,
-            weights,
+            scales,
             layers,
             width_start,
             D,
@@ -469,8 +466,7 @@ def _write_rows(
         _write_rows(
             right,
             rows,
-            factor,
-            weights,
+            scales,
             layers,
             width_start + HALF,
             D,
@@ -485,6 +481,7 @@ def _write_rows(
         )
     else:
         is_own, is_read, is_key, in_stability, projection, offset = rows
+        factor, (before, after, own) = scales
         hidden_table, out_table, layer = layers
         offs_d = width_start + tl.arange(0, BLOCK_D)
         in_width = (offs_d < D)[None, :]
@@ -496,7 +493,6 @@ def _write_rows(
         gradient = tl.where(is_key[:, None], gradient * factor, 0.0)
         if STENCIL:
             mask = in_stability[:, None] & in_width
-            before, after, own = weights
             gradient += stencil(hidden, hidden_table, layer, offset, mask, before, after, own, DTYPE, ALIGNMENT)
         out_ptr = layer_pointer(out_table, layer, DTYPE, ALIGNMENT)
         tl.store(out_ptr + offset, rounded(gradient, DTYPE, INTERPRETED), mask=is_own[:, None] & in_width)
