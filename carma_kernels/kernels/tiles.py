@@ -99,7 +99,8 @@ def gram_accumulator(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, INTERPRETED: 
 
     Forward and backward must come to the same bits, of `h_i . h_j` as of `h_j . h_i`: a dot product of a million has a
     last digit that decides what its exponential is. A device sums over D in order, wherever in a tile a product lies;
-    the interpreter does not, but agrees with itself in fp64.
+    the interpreter does not, but agrees with itself in fp64. Cosines of fp32, in parts of bfloat16, may differ in the
+    last digit between (i, j) and (j, i), but not between forward and backward: see `ops.layers.mi_precision`.
     """
     return tl.zeros((BLOCK_M, BLOCK_N), tl.float64 if INTERPRETED else tl.float32)
 

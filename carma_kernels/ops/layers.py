@@ -160,6 +160,20 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
+def mi_precision(layer: Tensor, cosine: bool) -> str:
+    """`dot_precision` of the MI loss, where NVIDIA's devices multiply fp32 on tensor cores, too.
+
+    In "bf16x6" a number is the sum of three of bfloat16, which have all its digits, and of the nine products of two
+    numbers the six that count are added up. Not for dot products as scores: `h_i . h_j` and `h_j . h_i` may differ in
+    the last digit, which decides what the exponential of a score of a million is; a cosine is 1/tau at most.
+    AMD's matrix units take fp32 as it is.
+    """
+    precision = dot_precision(layer.dtype)
+    if precision == "ieee" and layer.dtype == torch.float32 and cosine and target(layer.device).capability is not None:
+        return "bf16x6"
+    return precision
+
+
 def inverse_temperature(temperature: Tensor | None, value: Tensor) -> Tensor:
     """`1/tau`, 0-d fp32 on the device; `value` if tau is a number."""
     return value if temperature is None else temperature.detach().to(torch.float32).reciprocal()

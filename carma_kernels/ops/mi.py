@@ -22,7 +22,7 @@ from carma_kernels.ops.layers import (
     Upstream,
     ceil_div,
     constants,
-    dot_precision,
+    mi_precision,
     target,
 )
 from carma_kernels.ops.stability import StabilityGradient
@@ -272,6 +272,7 @@ class _Problem:
         self.N = B * T // self.S
         self._dtype = hidden.present.dtype
         self._cosine = similarity.cosine
+        self._precision = mi_precision(hidden.present, similarity.cosine)
         self._target = target(hidden.present.device)
         if pairs.num_pairs > _INT32_MAX:
             raise ValueError(f"spans_or_pairs makes {pairs.num_pairs} pairs; more than 2^31 - 1 cannot be numbered.")
@@ -293,7 +294,7 @@ class _Problem:
         return {
             "COSINE": self._cosine,
             "EVEN_D": self.D % configuration.constants["BLOCK_D"] == 0,
-            "PRECISION": dot_precision(self._dtype),
+            "PRECISION": self._precision,
         }
 
     def windows(self, num_layers: int, row_step: int) -> Iterator[_Window]:

@@ -18,6 +18,7 @@ from carma_kernels.ops.layers import (
     constants,
     dot_precision,
     hull,
+    mi_precision,
     target,
 )
 from carma_kernels.ops.stability import StabilityGradient, StabilityPartials
@@ -25,6 +26,8 @@ from carma_kernels.ops.stability import StabilityGradient, StabilityPartials
 _RESIDENT = 2
 """Programs of the backward that a multiprocessor holds; while there are fewer, the columns are shared out."""
 _MOST_PIECES = 4
+_LONGEST_BF16X6 = 64
+"""Tokens of a group: of more, the three parts of each weight would not fit in registers."""
 
 
 @dataclass(frozen=True)
@@ -170,5 +173,7 @@ class ShortMI:
         return configuration
 
     def _constants(self, *tables: LayerTable) -> dict[str, object]:
-        precision = dot_precision(tables[0].present.dtype)
-        return {"COSINE": self.similarity.cosine, "PRECISION": precision, **constants(*tables)}
+        cosine, layer = self.similarity.cosine, tables[0].present
+        few = self.word.shape[1] <= _LONGEST_BF16X6
+        precision = mi_precision(layer, cosine) if few else dot_precision(layer.dtype)
+        return {"COSINE": cosine, "PRECISION": precision, **constants(*tables)}
