@@ -240,6 +240,12 @@ def _add_negatives(
     scale, word = anchors
     score, key_word = scores(dots, scale, key_start + tl.arange(0, BLOCK_N), tables, COSINE)
     is_negative = (key_word != NO_WORD)[None, :] & (word[:, None] != key_word[None, :])
+    return add_scores(score, is_negative, so_far, inverse_temperature, BOUNDED)
+
+
+@triton.jit
+def add_scores(score, is_negative, so_far, inverse_temperature, BOUNDED: tl.constexpr):
+    """Add those scores of a tile that are negatives' to the sums of its rows, as `_add_negatives` has them."""
     before, total, slope = so_far
     maximum = before
     if BOUNDED:
@@ -314,10 +320,7 @@ def _mi_statistics_kernel(
             partial_ptr += 3 * A
     mean_score = slope / tl.where(total > 0, total, 1.0)  # of the negatives, each weighted with exp(s - z)
 
-    matched = log_of_sum(maximum, total)
-    if MATCH:
-        count = tl.load(num_negatives_ptr + group * A + rank, mask=is_anchor, other=0)
-        matched += log_match - tl.log(tl.maximum(count, 1).to(tl.float32))
+    matched = matched_log_sum(maximum, total, num_negatives_ptr + group * A + rank, is_anchor, log_match, MATCH)
     pair = tl.load(first_pair_ptr + group * (A + 1) + rank, mask=is_anchor, other=0)
     num_positives = tl.load(first_pair_ptr + group * (A + 1) + rank + 1, mask=is_anchor, other=0) - pair
     pair_score_ptr += place * P
@@ -333,9 +336,6 @@ def _mi_statistics_kernel(
         work += tl.where(exists, sigma * (mean_score - score), 0.0)
 
     anchor_state_ptr += (state * S + group) * 2 * A + rank
-    tl.store(anchor_state_ptr, matched, mask=rank < A)
-    shift = maximum if BOUNDED else matched
-    tl.store(anchor_state_ptr + A, negatives_factor(pull, shift, maximum, total), mask=rank < A)
     scale = tl.zeros((BLOCK_A,), tl.float32)
     if COSINE:
         token = tl.load(token_ptr + group * R + rank, mask=is_anchor, other=0)
@@ -343,6 +343,39 @@ def _mi_statistics_kernel(
         scale = tl.load(inverse_norm_ptr + token, mask=is_anchor, other=0.0)
     blocks = S * anchor_blocks
     block = group * anchor_blocks + anchor_block
-    tl.store(sums_ptr + state * 2 * blocks + block, tl.sum(work, 0))
-    tl.store(sums_ptr + state * 2 * blocks + blocks + block, tl.sum(scale, 0))
-    tl.store(loss_ptr + state * blocks + block, tl.sum(loss, 0))
+    sums_ptr += state * 2 * blocks + block
+    out = (anchor_state_ptr, sums_ptr, loss_ptr + state * blocks + block)
+    store_statistics(out, A, rank < A, blocks, (matched, maximum, total), (loss, pull, work, scale), BOUNDED)
+
+
+@triton.jit
+def matched_log_sum(maximum, total, num_negatives_ptr, is_anchor, log_match, MATCH: tl.constexpr):
+    """z' of some anchors, from their negatives' `sum of exp(s - maximum)` and pointers to their number."""
+    matched = log_of_sum(maximum, total)
+    if MATCH:
+        count = tl.load(num_negatives_ptr, mask=is_anchor, other=0)
+        matched += log_match - tl.log(tl.maximum(count, 1).to(tl.float32))
+    return matched
+
+
+@triton.jit
+def store_statistics(out, A, in_state, blocks, log_sums, sums, BOUNDED: tl.constexpr):
+    """Store what a block of anchors leaves.
+
+    Args:
+        out: pointers to the anchors' z', and to the block's first sum and loss.
+        A: from an anchor's z' to its factor.
+        in_state: which anchors have a place there.
+        blocks: from the first to the second sum.
+        log_sums: z', maximum, total: `[BLOCK_A]` each.
+        sums: loss, sum of sigmoids, work, inverse norm of each anchor.
+    """
+    state_ptr, sums_ptr, loss_ptr = out
+    matched, maximum, total = log_sums
+    loss, pull, work, inverse_norm = sums
+    tl.store(state_ptr, matched, mask=in_state)
+    shift = maximum if BOUNDED else matched
+    tl.store(state_ptr + A, negatives_factor(pull, shift, maximum, total), mask=in_state)
+    tl.store(sums_ptr, tl.sum(work, 0))
+    tl.store(sums_ptr + blocks, tl.sum(inverse_norm, 0))
+    tl.store(loss_ptr, tl.sum(loss, 0))

@@ -27,16 +27,14 @@ from carma_kernels.kernels.mi import (
     halves,
     may_hold_positives,
 )
-from carma_kernels.kernels.stability import stencil_weights
+from carma_kernels.kernels.mi_rows import write_gradient
 from carma_kernels.kernels.tiles import (
     dot,
     has_layer,
     layer_pointer,
-    load_rows,
     place_in_grid,
     rounded,
     softplus_sigmoid,
-    stencil,
 )
 
 INFINITY = tl.constexpr(float("inf"))
@@ -196,9 +194,9 @@ def _store_weights(
         keys = (key_word, key_token, key_z, key_factor)
         # two whole branches: a correction of the weights at the positives would keep both in registers
         if may_hold_positives(word, key_word):
-            weight = _derivative(score, rows, keys, inverse_temperature, BOUNDED, True)
+            weight = derivative(score, rows, keys, inverse_temperature, BOUNDED, True)
         else:
-            weight = _derivative(score, rows, keys, inverse_temperature, BOUNDED, False)
+            weight = derivative(score, rows, keys, inverse_temperature, BOUNDED, False)
         weight *= norm_scale[:, None]
         if COSINE:
             weight *= key_norm[None, :]
@@ -215,7 +213,7 @@ def _store_weights(
 
 
 @triton.jit
-def _derivative(score, rows, keys, inverse_temperature, BOUNDED: tl.constexpr, POSITIVES: tl.constexpr):
+def derivative(score, rows, keys, inverse_temperature, BOUNDED: tl.constexpr, POSITIVES: tl.constexpr):
     """`M_ij` of a piece, for words, tokens, z' and factors of its rows and keys; POSITIVES: there may be some."""
     word, token, z, factor = rows
     key_word, key_token, key_z, key_factor = keys
@@ -372,36 +370,21 @@ def _mi_gradient_kernel(
 
     token = tl.load(token_ptr + tl.minimum(rank, N - 1))
     state = first_state + place
-    factor = mi_factor * tl.load(grad_sums_ptr + state * grad_sums_stride) * tl.load(inverse_temperature_ptr)
-    if RESCALE:
-        factor /= tl.load(range_scale_ptr + state)
-    if COSINE:
-        inverse_norm = tl.load(inverse_norm_ptr + (state * S + group) * N + token)
-        projection *= inverse_norm * inverse_norm
-    is_key = is_own & (rank < num_valid)
-    is_read = is_key
-    in_stability = is_key
-    weights = (0.0, 0.0, 0.0)
-    if STENCIL:
-        in_stability = is_own
-        if HAS_MASK:
-            in_stability &= tl.load(stencil_mask_ptr + group * N + token) != 0
-        is_read |= in_stability
-        upstream = (grad_losses_ptr, grad_losses_stride, stability_factor)
-        weights = stencil_weights(losses_ptr, scale_ptr, upstream, layer, stability_start, num_steps)
-    rows = (is_own, is_read, is_key, in_stability, projection, token[:, None].to(tl.int64) * D + group_start)
-    layers = (hidden_table, out_table, layer)
-    _write_rows(
+    write_gradient(
         gradient,
-        rows,
-        (factor, weights),
-        layers,
-        width_start,
-        D,
+        projection,
+        (token, is_own, is_own & (rank < num_valid)),
+        (hidden_table, out_table, layer),
+        (grad_sums_ptr + state * grad_sums_stride, mi_factor, inverse_temperature_ptr, range_scale_ptr),
+        (losses_ptr, scale_ptr, (grad_losses_ptr, grad_losses_stride, stability_factor), stability_start, num_steps),
+        (inverse_norm_ptr, stencil_mask_ptr),
+        (state, S, group, N, D, width_start),
         DTYPE,
         ALIGNMENT,
         COSINE,
+        RESCALE,
         STENCIL,
+        HAS_MASK,
         INTERPRETED,
         BLOCK_M,
         BLOCK_D,
@@ -424,75 +407,3 @@ def _sum_rows(row_ptr, num_rows, stride, WIDTH: tl.constexpr):
         total += tl.load(row_ptr)
         row_ptr += stride
     return total
-
-
-@triton.jit
-def _write_rows(
-    gradient,  # [BLOCK_M, BLOCK_D] sum of M' h
-    rows,  # whether to write, to read, in the MI loss, in the stability loss; projection; offset [BLOCK_M, 1]
-    scales,  # of the MI loss's part, and the weights of the stencil
-    layers,
-    width_start,
-    D,
-    DTYPE: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
-    COSINE: tl.constexpr,
-    STENCIL: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PIECES: tl.constexpr,
-):
-    """Store the rows, less their projection, with the stencil; those that take part in neither loss as zeros."""
-    if PIECES > 1:
-        left, right = halves(gradient, BLOCK_M, BLOCK_D)
-        HALF: tl.constexpr = BLOCK_D // 2
-        _write_rows(
-            left,
-            rows,
-            scales,
-            layers,
-            width_start,
-            D,
-            DTYPE,
-            ALIGNMENT,
-            COSINE,
-            STENCIL,
-            INTERPRETED,
-            BLOCK_M,
-            HALF,
-            PIECES // 2,
-        )
-        _write_rows(
-            right,
-            rows,
-            scales,
-            layers,
-            width_start + HALF,
-            D,
-            DTYPE,
-            ALIGNMENT,
-            COSINE,
-            STENCIL,
-            INTERPRETED,
-            BLOCK_M,
-            HALF,
-            PIECES // 2,
-        )
-    else:
-        is_own, is_read, is_key, in_stability, projection, offset = rows
-        factor, (before, after, own) = scales
-        hidden_table, out_table, layer = layers
-        offs_d = width_start + tl.arange(0, BLOCK_D)
-        in_width = (offs_d < D)[None, :]
-        offset += offs_d[None, :]
-        hidden_ptr = layer_pointer(hidden_table, layer, DTYPE, ALIGNMENT)
-        hidden = load_rows(hidden_ptr, offset, is_read[:, None] & in_width)
-        if COSINE:
-            gradient -= projection[:, None] * hidden
-        gradient = tl.where(is_key[:, None], gradient * factor, 0.0)
-        if STENCIL:
-            mask = in_stability[:, None] & in_width
-            gradient += stencil(hidden, hidden_table, layer, offset, mask, before, after, own, DTYPE, ALIGNMENT)
-        out_ptr = layer_pointer(out_table, layer, DTYPE, ALIGNMENT)
-        tl.store(out_ptr + offset, rounded(gradient, DTYPE, INTERPRETED), mask=is_own[:, None] & in_width)
