@@ -15,10 +15,10 @@ pytest.importorskip("triton")
 
 L, D = 3, 24
 GRAD = 0.75
-FORMS: dict[str, Callable[[Tensor], tuple[Tensor, float]]] = {
-    "0-d": lambda grad: (torch.tensor(GRAD, device=grad.device), 1.0),
-    "0-d, times a factor": lambda grad: (torch.tensor(GRAD / 4, device=grad.device), 4.0),
-    "expanded": lambda grad: (torch.tensor(GRAD, device=grad.device).expand_as(grad), 1.0),
+FORMS: dict[str, Callable[[Tensor], tuple[Tensor, float]]] = {  # of one number for each layer, all the same
+    "0-d": lambda grad: (grad[0].clone(), 1.0),
+    "0-d, times a factor": lambda grad: (grad[0] / 4, 4.0),
+    "expanded": lambda grad: (grad[0].expand_as(grad), 1.0),
     "every third": lambda grad: (torch.stack([-2 * grad, torch.full_like(grad, torch.nan), grad], 1)[:, 0], -0.5),
 }
 
@@ -33,7 +33,7 @@ def gradients(device: str, T: int, mi: str) -> list[Tensor]:
     pairs = spans.sample_pairs(2, generator=torch.Generator().manual_seed(0)) if mi == "listed" else spans
     table = pairs if mi == "listed" else spans.contrast_table("sequence")
     term = MITerm(range(L), table, Similarity(True, 0.1), None) if mi else None
-    sums, losses = ops.carma_terms(layers, term, StabilityTerm(range(L), None, 1e-8))
+    sums, losses, *_ = ops.carma_terms(layers, term, StabilityTerm(range(L), None, 1e-8))
     outputs = [(out, torch.full_like(out, GRAD)) for out in (sums, losses) if len(out)]
     torch.autograd.backward(*zip(*outputs, strict=True))
     return [layer.grad for layer in layers]  # type: ignore[misc]
@@ -48,6 +48,11 @@ def test_any_form_gives_the_same_bits(device: str, T: int, mi: str, form: str, m
 
     written_out = gradients(device, T, mi)
     arguments = Upstream.arguments.fget  # type: ignore[attr-defined]
-    monkeypatch.setattr(Upstream, "arguments", property(lambda given: arguments(Upstream(*FORMS[form](given.grad)))))
+
+    def in_another_form(given: Upstream) -> tuple[Tensor, int, float]:
+        grad, factor = FORMS[form](given.grad)
+        return arguments(Upstream(grad, factor * given.factor))
+
+    monkeypatch.setattr(Upstream, "arguments", property(in_another_form))
     for one, other in zip(written_out, gradients(device, T, mi), strict=True):
         assert torch.equal(one, other)
