@@ -34,7 +34,7 @@ import torch._dynamo
 from bench import candidates, check, quick_tables, saved, tune
 from bench.floor import Rates, costs, kernel_cost
 from bench.host_time import launches_left_out
-from bench.launches import Grid, Launch, Resources, recorded
+from bench.launches import Launch, Resources, recorded
 from bench.on_gpu import Gpu, Spread
 from bench.providers import EAGER, PROVIDERS, Loss, compiled_peer
 from bench.session import OutOfTime, Session, reason
@@ -310,8 +310,7 @@ class Quick:
             for pieces in (1, 2) if kernel == "short_backward" else (None,):
                 if pieces is None and configuration.options == own.configuration.options:
                     continue
-                grid = partial(_grid, pieces, len(case.hidden_states))
-                measured = tuner.measure(configuration, self._gpu.kernel_seconds, grid)
+                measured = tuner.measure(configuration, self._gpu.kernel_seconds, _with_pieces(pieces))
                 record = _candidate(kernel, measured, options=configuration.options, pieces=pieces)
                 self._session.found("candidates", where | record)
 
@@ -328,12 +327,8 @@ class Quick:
             self._session.found("operations", where | record)
 
 
-def _grid(pieces: int | None, layers: int, own: Grid) -> Grid:
-    """With so many programs for the columns, on the axis that is neither the rows' nor the layers'."""
-    if pieces is None:
-        return own
-    rows, second, third = own
-    return (rows, second, pieces) if second == layers and third != layers else (rows, pieces, third)
+def _with_pieces(pieces: int | None) -> Callable[[Launch], Launch]:
+    return lambda own: own if pieces is None else own.with_pieces(pieces)
 
 
 def _sizes(constants: dict[str, Any]) -> dict[str, int]:

@@ -9,15 +9,13 @@ from unittest.mock import patch
 
 from carma_kernels import _runtime
 
-Grid = tuple[int, ...]
-
 
 class Launch(NamedTuple):
     """A kernel's launch, to be repeated."""
 
     launch: Callable[..., Any]
     kernel: Any
-    grid: Grid
+    grid: tuple[int, ...]
     args: tuple[Any, ...]
     constants: dict[str, Any]
 
@@ -28,6 +26,13 @@ class Launch(NamedTuple):
     def name(self) -> str:
         """As in the launch table, if it is there."""
         return kernel_name(self.kernel)
+
+    def with_pieces(self, pieces: int) -> Launch:
+        """With so many programs for the columns of a row, of a kernel that has a parameter for that."""
+        at = self.kernel.arg_names.index("pieces")
+        programs, *rest = self.grid
+        args = (*self.args[:at], pieces, *self.args[at + 1 :])
+        return self._replace(grid=(programs // self.args[at] * pieces, *rest), args=args)
 
 
 class Resources(NamedTuple):
@@ -53,16 +58,16 @@ def kernel_name(kernel: Any) -> str:
 
 @contextmanager
 def recorded(
-    names: Container[str] | None = None, change: Callable[[Grid], Grid] = lambda grid: grid
+    names: Container[str] | None = None, change: Callable[[Launch], Launch] = lambda made: made
 ) -> Iterator[list[Launch]]:
-    """The launches within of these kernels, all by default, each on the grid that `change` makes of its own."""
+    """The launches within of these kernels, all by default, each as `change` has it."""
     launches: list[Launch] = []
     launch_kernel = _runtime.launch
 
-    def record(kernel: Any, grid: Grid, *args: Any, **constants: Any) -> Any:
+    def record(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> Any:
         made = Launch(launch_kernel, kernel, grid, args, constants)
         if names is None or made.name in names:
-            made = made._replace(grid=change(grid))
+            made = change(made)
             launches.append(made)
         return made()
 

@@ -140,12 +140,6 @@ def test_without_other_paths_it_says_so(tmp_path, monkeypatch, capsys):
     assert "launch.LONG_PATH is not there" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("own", "given"), [((192, 2, 12), (192, 1, 12)), ((192, 12, 2), (192, 12, 1))])
-def test_pieces_are_not_the_layers(own, given):
-    assert gpu_quick._grid(1, 12, own) == given
-    assert gpu_quick._grid(None, 12, own) == own
-
-
 def kernel_row(**other):
     needs = {"registers": 128, "spills": 2, "shared_memory": 98304}
     row = {"workload": asdict(WIDE), "implementation": TRITON, "kernel": "mi_scores", "launches": 1, **needs}

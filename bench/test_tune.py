@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from bench import tune
 from bench.candidates import CANDIDATES, QUICK, quick
-from bench.launches import Resources
+from bench.launches import Launch, Resources
 from carma_kernels import _runtime
 from carma_kernels.kernels import launch
 
@@ -97,11 +98,18 @@ def test_a_candidate_that_was_not_launched_is_refused(monkeypatch):
     assert measure(tune.replace(OWN, num_warps=1), times) == "is not what was launched"
 
 
-def test_a_grid_can_be_changed(monkeypatch):
+def test_a_launch_can_be_changed(monkeypatch):
     measure, grids = tuner(monkeypatch).measure, []
     monkeypatch.setattr(_runtime, "launch", lambda _kernel, grid, **_: grids.append(grid))
-    measure(None, lambda repeated: (repeated(),) * 3, lambda grid: (grid[0], 4))
+    measure(None, lambda repeated: (repeated(),) * 3, lambda made: made._replace(grid=(8, 4)))
     assert set(grids) == {(8, 4)}
+
+
+def test_pieces_are_a_parameter_and_programs():
+    kernel = SimpleNamespace(__name__="_short_backward_kernel", arg_names=["table", "pieces", "N"])
+    made = Launch(None, kernel, (12 * 2 * 16,), ("addresses", 2, 58), {})
+    assert made.with_pieces(1)[2:4] == ((12 * 16,), ("addresses", 1, 58))
+    assert made.with_pieces(3)[2:4] == ((12 * 3 * 16,), ("addresses", 3, 58))
 
 
 def test_a_row_can_be_pasted():

@@ -28,7 +28,7 @@ from torch import Tensor
 
 import carma_kernels as ck
 from bench.candidates import CANDIDATES
-from bench.launches import Grid, Resources, recorded
+from bench.launches import Launch, Resources, recorded
 from bench.on_gpu import Spread, kernel_seconds
 from bench.workloads import Case, Workload, token_spans
 from carma_kernels import _runtime
@@ -125,14 +125,14 @@ class Tuner:
         self._wanted = self._results()
 
     def measure(
-        self, configuration: Configuration | None, timer: Timer, grid: Callable[[Grid], Grid] = lambda own: own
+        self, configuration: Configuration | None, timer: Timer, change: Callable[[Launch], Launch] = lambda own: own
     ) -> Measured | str:
         """A candidate's time, or why it has none.
 
         Args:
             configuration: None for the table's own choice.
             timer: of the launches.
-            grid: on which one to launch, of that on which it would be.
+            change: what to launch instead of what would be.
         """
         chosen: list[Configuration] = []
         choose = launch.choose
@@ -146,7 +146,7 @@ class Tuner:
 
         kernels = self._subject.kernels or (self._name,)
         try:
-            with patch.object(launch, "choose", forced), recorded(kernels, grid) as launches:
+            with patch.object(launch, "choose", forced), recorded(kernels, change) as launches:
                 results = self._results()
             if not chosen or not any(chosen[-1].options.items() <= made.constants.items() for made in launches):
                 return "is not what was launched"
