@@ -125,7 +125,8 @@ def _write_rows(
         )
     else:
         is_own, is_read, is_key, in_stability, projection, offset = rows
-        factor, (before, after, own) = scales
+        factor, weights = scales
+        before, after, own = weights
         hidden_table, out_table, layer = layers
         offs_d = width_start + tl.arange(0, BLOCK_D)
         in_width = (offs_d < D)[None, :]

@@ -44,3 +44,15 @@ def test_one_launch(module: str):
 @pytest.mark.parametrize("module", sorted(FILES.keys() - COMMANDS))
 def test_one_question(module: str):
     assert bool(questions(FILES[module])) == (module == RUNTIME)
+
+
+@pytest.mark.parametrize("file", python_files("carma_kernels/kernels"), ids=lambda file: file.stem)
+def test_kernels_take_nested_tuples_apart_one_by_one(file: Path):
+    """Triton's search for what a kernel depends on fails on `a, (b, c) = d`, in a process's first launch alone."""
+    targets = [target for node in ast.walk(tree(file)) if isinstance(node, ast.Assign) for target in node.targets]
+    nested = [
+        target.lineno
+        for target in targets
+        if isinstance(target, ast.Tuple) and any(isinstance(part, ast.Tuple | ast.List) for part in target.elts)
+    ]
+    assert not nested
