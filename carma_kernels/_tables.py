@@ -37,31 +37,43 @@ def concatenate(tables: dict[str, np.ndarray]) -> tuple[Tensor, Layout]:
 def contrast_tables(
     word: np.ndarray, valid: np.ndarray, is_anchor: np.ndarray, first_token: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """The rectangular tables of `ContrastTable` for groups given as rows of tokens.
+    """The rectangular tables of `ContrastTable` for groups given as rows of tokens, all but `distance`.
 
     Args:
         word, valid, is_anchor: `[S, N]`: of each token its word, and whether it is valid and an anchor.
         first_token: `[S]` flat index of each row's first token.
     """
     token = first_token[:, None] + np.arange(word.shape[1], dtype=np.int32)  # [S, N]
-    slot = np.cumsum(valid, axis=1, dtype=np.int32) - 1  # [S, N] place among the row's valid tokens
-    key_token, is_key = _left_aligned(token, valid)
-    anchor_slot, is_anchor_slot = _left_aligned(slot, is_anchor)
+    is_key, (key_token, key_word, is_anchor) = _chosen_first(valid, token, word, is_anchor)  # [S, V] each
+    slot = np.broadcast_to(np.arange(is_key.shape[1], dtype=np.int32), is_key.shape)
+    word_ends = np.where(is_anchor, np.int32(is_key.shape[1]), slot)  # [S, V] its last slot, at that slot
+    last = np.minimum.accumulate(word_ends[:, ::-1], axis=1)[:, ::-1]  # [S, V] of the slot's word
+    found, (anchor_slot, anchor_word, num_positives) = _chosen_first(is_anchor, slot, key_word, last - slot)
     return {
         "key_token": key_token,
-        "key_word": np.where(is_key, _left_aligned(word, valid)[0], NO_WORD),
+        "key_word": np.where(is_key, key_word, NO_WORD),
         "anchor_slot": anchor_slot,
-        "anchor_word": np.where(is_anchor_slot, _left_aligned(word, is_anchor)[0], _PAD_ANCHOR),
+        "anchor_word": np.where(found, anchor_word, _PAD_ANCHOR),
+        "num_positives": num_positives,
     }
 
 
-def _left_aligned(values: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The chosen values of each row `[S, N]`, from the left, then copies of the first; and which are which."""
+def _chosen_first(chosen: np.ndarray, *tables: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+    """Of each row `[S, N]` the chosen values, in order, then as many of the others as fill it up to the fullest row.
+
+    Returns:
+        Which of the values are chosen ones, and the values of each of the tables.
+    """
     if chosen.all():
-        return values, chosen
+        return chosen, tables
     count = chosen.sum(axis=1)
+    room = count.max(initial=0) - count  # [S]
     filled = np.arange(count.max(initial=0)) < count[:, None]  # [S, max count]
-    first = values[np.arange(len(values)), chosen.argmax(axis=1)]
-    table = np.repeat(first[:, None], filled.shape[1], axis=1)
-    table[filled] = values[chosen]
-    return table, filled
+    spare = ~chosen & (np.cumsum(~chosen, axis=1) <= room[:, None])  # [S, N] the first others
+    found = []
+    for table in tables:
+        aligned = np.empty(filled.shape, table.dtype)
+        aligned[filled] = table[chosen]
+        aligned[~filled] = table[spare]
+        found.append(aligned)
+    return filled, tuple(found)

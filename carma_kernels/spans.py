@@ -37,15 +37,18 @@ class ContrastTable(NamedTuple):
     """Who is compared with whom, as rectangular tables: S independent groups of A anchors against V keys.
 
     `negatives="sequence"`: one group a sequence that has an anchor. `negatives="batch"`: one group in all.
-    A padding key repeats the group's first key and carries the word `NO_WORD`; a padding anchor repeats the group's
-    first anchor and carries a word nobody has. So every row that is read is a row of the group itself.
+    A padding key is a padding token of the group's sequence, which nothing may read, and carries the word `NO_WORD`; a
+    padding anchor is some slot without an anchor, and carries a word nobody has. So no two slots are of one row, and
+    what is made for them all can be written at once.
     """
 
     key_token: Tensor  # [S, V] int32, flat index b*T+t of each key, in token order
     key_word: Tensor  # [S, V] int32, the batch-unique word of each key
     anchor_slot: Tensor  # [S, A] int32, the anchor's position among its group's keys
     anchor_word: Tensor  # [S, A] int32
-    covers_batch: bool  # key_token is 0, 1, .. B*T-1: the hidden states can be used as they lie
+    num_positives: Tensor  # [S, A] int32, of the anchor: they are in so many slots right after its own
+    distance: Tensor  # [M] int32, 1 .. M: how far after its anchor a positive can be; M + 1 is the longest word
+    covers_batch: bool  # the keys are all B*T tokens, in order: the hidden states can be used as they lie
     word: Tensor | None = None  # [B, T] int32, as `TokenSpans.word`, but NO_WORD in groups without an anchor
     ranks: RankTable | None = None  # the same groups, and those without an anchor, in the order of the Triton kernels
 
@@ -236,6 +239,7 @@ class TokenSpans:
                 "attention_mask": as_numbers(valid),
                 "sequence_word": compared,
                 "spans": spans,
+                "distance": np.arange(1, length.max(initial=1), dtype=np.int32),
                 **{f"sequence_{name}": table for name, table in sequence_tables.items()},
                 **{f"batch_{name}": table for name, table in batch_tables.items()},
                 **{
@@ -357,6 +361,8 @@ class TokenSpans:
             self._view(f"{negatives}_key_word"),
             self._view(f"{negatives}_anchor_slot"),
             self._view(f"{negatives}_anchor_word"),
+            self._view(f"{negatives}_num_positives"),
+            self._view("distance"),
             covers_batch=not self.is_padded and key_token.numel() == B * T,
             word=self.word if negatives == "batch" else self._view("sequence_word"),
             ranks=self._rank_table(negatives),

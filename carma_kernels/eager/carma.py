@@ -22,17 +22,20 @@ from carma_kernels._terms import Gradients, MITerm, StabilityTerm, Terms
 from carma_kernels.distributed import join_terms
 from carma_kernels.eager.layers import (
     LayerRows,
+    Receivers,
+    common,
     compute_dtype,
     inverse,
+    inverse_norms,
     layers_at_once,
     norms,
     own_precision,
-    receiving_layers,
+    places,
     runs,
 )
 from carma_kernels.eager.mi import AnchorState, ContrastiveMI
 from carma_kernels.eager.pairs import ListedMI
-from carma_kernels.eager.stability import stability, stencil, stencil_weights, sums_of_squares
+from carma_kernels.eager.stability import Stencil, stability, sums_of_squares
 from carma_kernels.spans import ContrastTable
 
 
@@ -63,7 +66,17 @@ def _asked(
 
 
 def _tables(table: ContrastTable) -> list[Tensor]:
-    return [table.key_token, table.key_word, table.anchor_slot, table.anchor_word]
+    return [
+        table.key_token,
+        table.key_word,
+        table.anchor_slot,
+        table.anchor_word,
+        table.num_positives,
+        table.distance,
+    ]
+
+
+_ANCHORS = 3  # among them, anchor_word [S, A]
 
 
 class _Problem(CarmaArguments):
@@ -73,7 +86,13 @@ class _Problem(CarmaArguments):
 
     @property
     def stability_layers(self) -> range:
+        """Those of the stability term; empty without."""
         return range(*self.ranges[2:])
+
+    @property
+    def steps(self) -> range:
+        """Those of the stability term."""
+        return _steps(self.stability_layers)
 
     @property
     def valid_rows(self) -> Tensor | None:
@@ -87,20 +106,20 @@ class _Problem(CarmaArguments):
 
     def mi_arithmetic(self) -> ContrastiveMI | ListedMI | None:
         """What computes the MI term; None if it has no pair."""
-        if not self.pairs or not self.pairs[-1].numel():
+        if not self.num_pairs:
             return None
         if len(self.pairs) == 3:
             anchor, positive, negatives = self.pairs
             return ListedMI(anchor, positive, negatives, self.cosine)
-        key_token, key_word, anchor_slot, anchor_word = self.pairs
-        table = ContrastTable(key_token, key_word, anchor_slot, anchor_word, self.covers_batch)
+        key_token, key_word, anchor_slot, anchor_word, num_positives, distance = self.pairs
+        table = ContrastTable(key_token, key_word, anchor_slot, anchor_word, num_positives, distance, self.covers_batch)
         return ContrastiveMI(table, self.cosine, self.match_negatives)
 
 
 class _Saved(NamedTuple):
     """What the forward leaves for the backward: a few numbers a token and layer."""
 
-    norm: Tensor  # [L, N] of the MI layers
+    inverse_norm: Tensor  # [L, N] of the MI layers
     log_negatives: Tensor  # [L, S, A]
     pull: Tensor  # [L, S, A]
     scale: Tensor  # [L-1] of the stability term
@@ -117,30 +136,27 @@ def _forward(problem: _Problem) -> tuple[Tensor, ...]:
     valid = problem.valid_rows
     arithmetic = problem.mi_arithmetic()
     with own_precision(sums.device):
-        rows, at_once = _rows(problem, arithmetic)
+        rows = LayerRows(problem.hidden)
         scale = problem.inverse_temperature
-        energies: list[Tensor] = []
-        changes: list[Tensor] = []
-        for run in runs(sorted({*mi_layers, *stability_layers}), at_once):
-            norm = torch.stack([norms(rows[layer]) for layer in run])  # [l, N]
-            with_stability = _common(run, stability_layers)
-            if with_stability:
-                energies.append(sums_of_squares(norm[_slice(with_stability, run)], valid))
-            steps = [norms(rows.step(layer - 1)) for layer in with_stability if layer > stability_layers.start]
-            if steps:
-                changes.append(sums_of_squares(torch.stack(steps), valid))
-            with_mi = _common(run, mi_layers)
+        lengths: list[Tensor] = []  # [l, N] of the stability term's layers
+        changes: list[Tensor] = []  # [l, N] of their steps
+        for run in runs(sorted({*mi_layers, *stability_layers}), _at_once(problem, arithmetic)):
+            here, steps = rows.read(run, common(range(run.start - 1, run.stop - 1), problem.steps))
+            norm = norms(here)  # [l, N]
+            if problem.steps:
+                lengths.append(norm[places(common(run, stability_layers), run)])
+            changes += [norms(change) for _, change in steps]
+            del steps
+            with_mi = common(run, mi_layers)
             if arithmetic is not None and with_mi:
-                some = _slice(with_mi, mi_layers)
-                saved.norm[some] = norm[_slice(with_mi, run)]
-                sums[some] = arithmetic.forward(
-                    [rows[layer] for layer in with_mi], saved.norm[some], scale, some.start, saved.anchors(some)
-                )
+                of_run, of_mi = places(with_mi, run), places(with_mi, mi_layers)
+                inverse_norm = inverse_norms(norm[of_run], out=saved.inverse_norm[of_mi])
+                sums[of_mi] = arithmetic.forward(here[of_run], inverse_norm, scale, of_mi.start, saved.anchors(of_mi))
         if changes:
             B, T, D = problem.layers[0].shape
-            stability(
-                torch.cat(energies), torch.cat(changes), valid, B * T * D, D, problem.eps, out=(losses, saved.scale)
-            )
+            invalid = None if valid is None else ~valid
+            energy, change = (sums_of_squares(torch.cat(norm), invalid) for norm in (lengths, changes))
+            stability(energy, change, valid, B * T * D, D, problem.eps, out=(losses, saved.scale))
         if problem.group is not None:
             join_terms(problem.group, sums, losses, saved.scale, problem.layers[0], problem.mask)
         means = sums / (problem.divisor_value if problem.divisor is None else problem.divisor)
@@ -156,7 +172,7 @@ def _empty(problem: _Problem) -> tuple[Tensor, ...]:
 def _empty_results(problem: _Problem) -> tuple[Tensor, Tensor, _Saved]:
     layer = problem.layers[0]
     num_mi, num_steps = len(problem.mi_layers), max(0, len(problem.stability_layers) - 1)
-    anchors = problem.pairs[-1].shape if len(problem.pairs) == 4 else (0, 0)
+    anchors = problem.pairs[_ANCHORS].shape if len(problem.pairs) > 3 else (0, 0)
     dtype = compute_dtype(layer.dtype)
     return (
         layer.new_zeros(num_mi, dtype=dtype),
@@ -185,43 +201,47 @@ def _backward(
     grad_losses = _of_each(arrived.of_changes(problem), len(losses))
     layers = problem.layers
     gradients = empty_gradients(problem.hidden, needs_grad)
-    receiver = receiving_layers(problem.hidden, gradients, needs_grad)
+    receivers = Receivers(problem.hidden, gradients, needs_grad)
     arithmetic = problem.mi_arithmetic() if grad_sums is not None else None
     mi_layers = problem.mi_layers if arithmetic is not None else range(0)
     stability_layers = problem.stability_layers if grad_losses is not None and len(losses) else range(0)
     valid = problem.valid_rows
-    dtype = compute_dtype(layers[0].dtype)
-    work = layers[0].new_zeros((), dtype=dtype)  # sum of W s over layers
-    with own_precision(work.device):
-        rows, at_once = _rows(problem, arithmetic)
+    works: list[Tensor] = []  # sums of W s
+    with own_precision(layers[0].device):
+        rows = LayerRows(problem.hidden)
         scale = problem.inverse_temperature
-        weights = stencil_weights(losses, saved.scale, grad_losses) if grad_losses is not None else []
-        needed = [layer for layer in range(len(layers)) if layer in receiver or (layer in mi_layers and needs_work)]
-        for run in runs(needed, at_once):
-            out = [_row_buffer(receiver.get(layer), layers[layer], dtype) for layer in run]  # l times [N, D]
-            for layer, of_layer in zip(run, out, strict=True):
-                if layer in stability_layers and layer in receiver:
-                    before = rows.step(layer - 1) if layer > stability_layers.start else None
-                    after = rows.step(layer) if layer + 1 < stability_layers.stop else None
-                    stencil(rows[layer], before, after, weights[layer - stability_layers.start], valid, of_layer)
-                else:
-                    of_layer.zero_()
-            with_mi = _common(run, mi_layers)
+        stencil = Stencil(stability_layers, losses, saved.scale, grad_losses) if grad_losses is not None else None
+        invalid = None if valid is None or stencil is None else ~valid[:, None]
+        needed = [layer for layer in range(len(layers)) if layer in receivers or (layer in mi_layers and needs_work)]
+        for run in runs(needed, _at_once(problem, arithmetic)):
+            here, steps = rows.read(run, common(range(run.start - 1, run.stop), _steps(stability_layers)))
+            room = receivers.room(run)
+            changing = common(run, stability_layers)
+            if len(changing) < len(run):
+                room.zero_()
+            if stencil is not None and changing:
+                of_run = places(changing, run)
+                stencil.write(changing, here[of_run], steps, invalid, room[of_run])
+            del steps
+            with_mi = common(run, mi_layers)
             if arithmetic is not None and grad_sums is not None and with_mi:
-                some = _slice(with_mi, mi_layers)
-                work += arithmetic.backward(
-                    [rows[layer] for layer in with_mi],
-                    saved.norm[some],
+                of_run, of_mi = places(with_mi, run), places(with_mi, mi_layers)
+                work = arithmetic.backward(
+                    here[of_run],
+                    saved.inverse_norm[of_mi],
                     scale,
-                    some.start,
-                    saved.anchors(some),
-                    grad_sums[some],
-                    out[_slice(with_mi, run)],
+                    of_mi.start,
+                    saved.anchors(of_mi),
+                    grad_sums[of_mi],
+                    room[of_run],
+                    needs_work,
                 )
-            for layer, of_layer in zip(run, out, strict=True):
-                if layer in receiver and receiver[layer].dtype != dtype:
-                    receiver[layer].view(of_layer.shape).copy_(of_layer)
-    return gradients, work
+                if work is not None:
+                    works.append(work)
+            receivers.receive(run, room)
+            del here, room  # before the next ones are made
+    none = layers[0].new_zeros((), dtype=compute_dtype(layers[0].dtype))
+    return gradients, sum(works, none)
 
 
 def _empty_backward(problem: _Problem, needs_grad: list[bool]) -> tuple[list[Tensor], Tensor]:
@@ -252,26 +272,12 @@ def _of_each(arrived: tuple[Tensor, float] | None, num_layers: int) -> Tensor | 
     return (gradient * factor).expand(num_layers)
 
 
-def _rows(problem: _Problem, arithmetic: ContrastiveMI | ListedMI | None) -> tuple[LayerRows, int]:
-    """The layers to read, and how many to take together."""
+def _at_once(problem: _Problem, arithmetic: ContrastiveMI | ListedMI | None) -> int:
+    """How many layers to take together."""
     first = problem.layers[0]
-    at_once = layers_at_once(first, arithmetic.layers_at_once(first.numel()) if arithmetic is not None else 1)
-    return LayerRows(problem.layers, at_once), at_once
+    return layers_at_once(first, arithmetic.layers_at_once(first) if arithmetic is not None else len(problem.layers))
 
 
-def _common(some: range, others: range) -> range:
-    """Layers in both."""
-    return range(max(some.start, others.start), min(some.stop, others.stop))
-
-
-def _slice(some: range, others: range) -> slice:
-    """Where among the others some of them are."""
-    return slice(some.start - others.start, some.stop - others.start)
-
-
-def _row_buffer(gradient: Tensor | None, layer: Tensor, dtype: torch.dtype) -> Tensor:
-    """Where a layer's gradient is summed up: the gradient itself if it has the compute dtype, or else a buffer."""
-    shape = (layer.shape[0] * layer.shape[1], layer.shape[2])
-    if gradient is not None and gradient.dtype == dtype:
-        return gradient.view(shape)
-    return torch.empty(shape, dtype=dtype, device=layer.device)
+def _steps(layers: range) -> range:
+    """From each of the layers to the next: each step by the layer where it starts."""
+    return range(layers.start, max(layers.start, layers.stop - 1))

@@ -1,13 +1,22 @@
-"""Reading hidden states layer by layer, and adding to some of their rows."""
+"""Reading hidden states some layers at a time, and adding to some of their rows.
+
+How many is a matter of the device. On a CPU a few MB, which stay in its caches. On another device an operation is to be
+worth its launch, of some 5 us, and the workspace is to stay within 128 MB of fp32. That holds the layers five times: a
+copy of them and their neighbours, their gradients, the same of the rows that are compared, and the anchors. So some 7
+million numbers are taken together, which an H200 reads and writes in 15 us: more would gain little. A layer of more
+numbers is taken alone.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from carma_kernels import _runtime
 from carma_kernels._terms import ZERO_NORM
 
 
@@ -26,60 +35,167 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def receiving_layers(
-    hidden: Sequence[Tensor], gradients: Sequence[Tensor], needs_grad: Sequence[bool]
-) -> dict[int, Tensor]:
-    """The layers that need a gradient, each with its room `[B, T, D]` in what `empty_gradients` made."""
-    if not gradients:
-        return {}
-    if hidden[0].dim() == 4:
-        return dict(enumerate(gradients[0].unbind(0)))
-    return dict(zip([layer for layer, needed in enumerate(needs_grad) if needed], gradients, strict=True))
+def multiplies_halves(device: torch.device) -> bool:
+    """Whether there is a product of halves in fp32: NVIDIA's tensor cores have one, which torch 2.8 calls first."""
+    if device.type != "cuda" or "dtype" not in torch.ops.aten.bmm.overloads():
+        return False
+    gpu = _runtime.target(device)
+    return gpu is not None and gpu.capability is not None
+
+
+def launches_cost(device: torch.device) -> bool:
+    """Whether an operation has to be launched; not on a CPU."""
+    return device.type != "cpu"
+
+
+class Receivers:
+    """The layers that need a gradient, and its place in what `empty_gradients` made."""
+
+    def __init__(self, hidden: Sequence[Tensor], gradients: Sequence[Tensor], needs_grad: Sequence[bool]) -> None:
+        """Take the hidden states `[L, B, T, D]` alone or L times `[B, T, D]`, and the gradients of some of them."""
+        self._like = hidden[0]
+        self._stacked = gradients[0] if gradients and hidden[0].dim() == 4 else None
+        if self._stacked is not None:
+            self._of_layer = dict(enumerate(self._stacked.unbind(0)))
+        else:
+            needed = [layer for layer, is_needed in enumerate(needs_grad) if is_needed and gradients]
+            self._of_layer = dict(zip(needed, gradients, strict=True))
+
+    def __contains__(self, layer: int) -> bool:
+        """Whether it needs a gradient."""
+        return layer in self._of_layer
+
+    def room(self, layers: range) -> Tensor:
+        """Where the gradients of some layers are to be summed up, `[l, N, D]` in the compute dtype, not initialised."""
+        place = self._place(layers)
+        dtype = compute_dtype(self._like.dtype)
+        if place is not None and place.dtype == dtype:
+            return place
+        B, T, D = self._like.shape[-3:]
+        return torch.empty((len(layers), B * T, D), dtype=dtype, device=self._like.device)
+
+    def receive(self, layers: range, room: Tensor) -> None:
+        """Take what was summed up there, as far as it is needed."""
+        place = self._place(layers)
+        if place is None:
+            needed = [layer for layer in layers if layer in self]
+            if needed:
+                sums = [room[layer - layers.start].view(self._like.shape) for layer in needed]
+                torch._foreach_copy_([self._of_layer[layer] for layer in needed], sums)
+        elif place.dtype != room.dtype:
+            place.copy_(room)
+
+    def _place(self, layers: range) -> Tensor | None:
+        """The gradients themselves as rows `[l, N, D]`, of one layer or where they lie stacked."""
+        if self._stacked is not None:
+            return self._stacked[layers.start : layers.stop].flatten(1, 2)
+        if len(layers) == 1 and layers.start in self:
+            return self._of_layer[layers.start][None].flatten(1, 2)
+        return None
+
+
+class Steps(NamedTuple):
+    """Some consecutive steps from a layer to the next."""
+
+    steps: range  # step l leads from layer l to layer l + 1
+    change: Tensor  # [len(steps), N, D], h_{l+1} - h_l in the compute dtype
 
 
 class LayerRows:
-    """The layers of stacked or listed hidden states as rows `[B*T, D]` in the compute dtype.
+    """The layers of hidden states `[L, B, T, D]`, or L times `[B, T, D]`, as rows `[l, N, D]`, `N = B*T`.
 
-    A contiguous fp32 layer is a view. Any other is copied when it is read; the last few read are kept, so that a walk
-    over the layers that looks one ahead copies each once.
+    In the compute dtype, but for halves that can be multiplied as they are. One contiguous layer of the right dtype, or
+    some that lie stacked, are a view; others are copied when they are read. What was made of a single layer is kept for
+    the next, so that a walk over the layers that looks one ahead makes each thing once.
     """
 
-    def __init__(self, hidden: Sequence[Tensor] | Tensor, at_once: int) -> None:
-        """Take `[L, B, T, D]` or L times `[B, T, D]`, of which so many are used together; nothing is read yet."""
-        self._hidden = hidden
-        self._at_once = at_once
-        self._recent: dict[int, Tensor] = {}
-        self._differences: list[Tensor] = []
-        self._differing: list[int | None] = [None, None]
+    def __init__(self, hidden: Sequence[Tensor]) -> None:
+        """Take `[L, B, T, D]` alone or L times `[B, T, D]`; nothing is read yet."""
+        first = hidden[0]
+        self._hidden = first if first.dim() == 4 else list(hidden)
+        self._compute_dtype = compute_dtype(first.dtype)
+        self._dtype = first.dtype if multiplies_halves(first.device) else self._compute_dtype
+        self._single: dict[int, Tensor] = {}
+        self._change: dict[int, Tensor] = {}
 
-    def __getitem__(self, layer: int) -> Tensor:
-        """The rows of one layer."""
-        if layer not in self._recent:
-            hidden = self._hidden[layer]  # [B, T, D]
-            while len(self._recent) > self._at_once:
-                self._recent.pop(min(self._recent))
-            self._recent[layer] = hidden.to(compute_dtype(hidden.dtype)).flatten(0, 1)
-        return self._recent[layer]
+    def read(self, layers: range, steps: range) -> tuple[Tensor, list[Steps]]:
+        """Some layers `[l, N, D]`, and the steps asked for, each of which starts or ends at one of them.
 
-    def step(self, layer: int) -> Tensor:
-        """`h_{l+1} - h_l` `[N, D]`; good until the step after the next is asked for."""
-        turn = layer % 2
-        if self._differing[turn] != layer:
-            rows, next_rows = self[layer], self[layer + 1]
-            self._differences = self._differences or [torch.empty_like(rows), torch.empty_like(rows)]
-            torch.sub(next_rows, rows, out=self._differences[turn])
-            self._differing[turn] = layer
-        return self._differences[turn]
+        Good until the next call but one.
+        """
+        if len(layers) == 1:
+            made = [Steps(range(step, step + 1), self._single_step(step)) for step in steps]
+            return self._single_layer(layers.start), made
+        read = range(min(layers.start, steps.start), max(layers.stop, steps.stop + 1)) if steps else layers
+        rows = self._rows(read).contiguous()
+        made = []
+        if steps:
+            first = steps.start - read.start
+            made.append(Steps(steps, self._difference(rows[first : first + len(steps) + 1])))
+        first = layers.start - read.start
+        return rows[first : first + len(layers)], made
+
+    def _rows(self, layers: range) -> Tensor:
+        some = self._hidden[layers.start : layers.stop]
+        if not isinstance(some, Tensor):
+            some = some[0][None] if len(some) == 1 else torch.stack(some)
+        return some.to(self._dtype).flatten(1, 2)
+
+    def _difference(self, rows: Tensor) -> Tensor:
+        """`[l, N, D]` of `[l+1, N, D]`."""
+        if rows.dtype == self._compute_dtype:
+            return rows[1:] - rows[:-1]
+        return rows[1:].to(self._compute_dtype).sub_(rows[:-1])
+
+    def _single_layer(self, layer: int) -> Tensor:
+        if layer not in self._single:
+            while len(self._single) > 1:
+                self._single.pop(min(self._single))
+            self._single[layer] = self._rows(range(layer, layer + 1))
+        return self._single[layer]
+
+    def _single_step(self, step: int) -> Tensor:
+        if step not in self._change:
+            before, after = self._single_layer(step), self._single_layer(step + 1)
+            # two that take turns: new memory would be fetched anew, page by page
+            change = self._change.pop(min(self._change)) if len(self._change) > 1 else None
+            if change is None:
+                change = torch.empty(before.shape, dtype=self._compute_dtype, device=before.device)
+            if before.dtype == change.dtype:
+                torch.sub(after, before, out=change)
+            else:
+                change.copy_(after).sub_(before)
+            self._change[step] = change
+        return self._change[step]
 
 
-_AT_ONCE = 1 << 19
-"""Numbers in layers that are worked on together: a few MB, beyond which starting operations costs little."""
+_AT_ONCE_ON_CPU = 5 << 17
+_WORKSPACE = 1 << 25  # numbers in fp32, where operations are launched
+_FEWEST_ON_CPU = 3  # of less, copying a list's layers together takes what fewer operations gain
 
 
 def layers_at_once(layer: Tensor, at_most: int) -> int:
-    """How many layers like this one `[B, T, D]` to work on together; fewer where each must be held in fp32 as well."""
-    numbers = _AT_ONCE if layer.dtype == compute_dtype(layer.dtype) else _AT_ONCE // 4
-    return max(1, min(at_most, numbers // max(1, layer.numel())))
+    """How many layers like this one `[B, T, D]` to work on together."""
+    size = max(1, layer.numel())
+    if launches_cost(layer.device):
+        return max(1, min(at_most, _launched_on() // size))
+    at_once = _AT_ONCE_ON_CPU // size
+    return min(at_most, at_once) if at_once >= _FEWEST_ON_CPU else 1
+
+
+def _launched_on() -> int:
+    """Numbers that make an operation worth its launch."""
+    return _WORKSPACE // 5
+
+
+def tile_size(layer_size: int, device: torch.device) -> int:
+    """Numbers at most in a tile of similarities, of one layer of so many numbers or of some: a quarter of theirs."""
+    return max(layer_size, _launched_on() if launches_cost(device) else 0) // 4
+
+
+def gathered_size(rows: Tensor) -> int:
+    """Numbers at most in what is gathered from some layers `[l, N, D]`, a row perhaps many times: as many as theirs."""
+    return max(rows.numel(), _launched_on() if launches_cost(rows.device) else 0)
 
 
 def runs(layers: Iterable[int], at_once: int) -> Iterator[range]:
@@ -94,14 +210,25 @@ def runs(layers: Iterable[int], at_once: int) -> Iterator[range]:
         yield run
 
 
+def common(some: range, others: range) -> range:
+    """Layers in both."""
+    start = max(some.start, others.start)
+    return range(start, max(start, min(some.stop, others.stop)))
+
+
+def places(some: range, others: range) -> slice:
+    """Where among the others some of them are."""
+    return slice(some.start - others.start, some.stop - others.start)
+
+
 def norms(rows: Tensor) -> Tensor:
-    """`|h|` of each row: `[N, D]` to `[N]`."""
-    return torch.linalg.vector_norm(rows, dim=1)  # type: ignore[no-any-return]
+    """`|h|` of each row: `[..., D]` to `[...]`, in the compute dtype."""
+    return torch.linalg.vector_norm(rows, dim=-1, dtype=compute_dtype(rows.dtype))  # type: ignore[no-any-return]
 
 
-def inverse_norms(norm: Tensor) -> Tensor:
+def inverse_norms(norm: Tensor, out: Tensor | None = None) -> Tensor:
     """`1/|h|`, and 0 for a vector of no length, which so has similarity 0 and gradient 0."""
-    return torch.where(norm > ZERO_NORM, norm.reciprocal(), 0.0)
+    return torch.reciprocal(norm, out=out).masked_fill_(norm <= ZERO_NORM, 0.0)
 
 
 def inverse(temperature: Tensor | float, dtype: torch.dtype) -> Tensor | float:
@@ -109,9 +236,61 @@ def inverse(temperature: Tensor | float, dtype: torch.dtype) -> Tensor | float:
     return temperature.to(dtype).reciprocal() if isinstance(temperature, Tensor) else 1.0 / temperature
 
 
-def add_rows(out: Tensor, index: Tensor, rows: Tensor) -> None:
+def products(left: Tensor, right: Tensor) -> Tensor:
+    """The products of rows `[n, p, D]` with rows `[n, q, D]` as `[n, p, q]` in the compute dtype.
+
+    Those of halves are exact in fp32, which is what tensor cores add them up in.
+    """
+    dtype = compute_dtype(left.dtype)
+    right = right.transpose(1, 2)
+    return torch.bmm(left, right) if left.dtype == dtype else torch.bmm(left, right, out_dtype=dtype)
+
+
+def log_sum_exp_(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """Over the last dimension, `[..., n]` to `[...]`; x is used up. `torch.logsumexp` launches two operations more."""
+    if not x.shape[-1]:
+        return x.new_full(x.shape[:-1], -torch.inf)
+    largest = torch.finfo(x.dtype).max
+    top = x.amax(-1, keepdim=True).clamp_(-largest, largest)
+    return torch.add(x.sub_(top).exp_().sum(-1).log_(), top.squeeze(-1), out=out)
+
+
+def softplus(x: Tensor) -> Tensor:
+    """`log(1 + exp(x))`, in fp64 to the last digit, too."""
+    return torch.nn.functional.softplus(x, threshold=50.0)  # from where on it is x
+
+
+def summands(out: Tensor, index: Tensor) -> Tensor:
+    """What rows `[l, n, D]` can be added to that are meant for those of `out` `[l, N, D]` at `index` `[n]`.
+
+    `index` has no repetition, so that where `index_add_` would use atomics, rows are read, added to, and written back.
+    """
+    if launches_cost(out.device):
+        return out.index_select(1, index)
+    return out.new_zeros(len(out), len(index), out.shape[-1])
+
+
+def put_sums(out: Tensor, index: Tensor, sums: Tensor) -> None:
+    """Give back what `summands` gave, added to."""
+    if launches_cost(out.device):
+        out.index_copy_(1, index, sums)
+    else:
+        out.index_add_(1, index, sums)
+
+
+def add_products(out: Tensor, index: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add `left @ right`, of `[n, p, q]` and `[n, q, D]`, to the rows of `out` `[l, N, D]` at `index`, as above."""
+    if launches_cost(out.device):
+        sums = summands(out, index)
+        sums.view(len(left), -1, sums.shape[-1]).baddbmm_(left, right)
+        put_sums(out, index, sums)
+    else:
+        out.index_add_(1, index, torch.bmm(left, right).view(len(out), -1, out.shape[-1]))
+
+
+def add_repeated_rows(out: Tensor, index: Tensor, rows: Tensor) -> None:
     """`out[index[n]] += rows[n]` in a fixed order: `out` `[N, D]`, `index` `[n]`, `rows` `[n, D]`."""
-    if out.device.type == "cpu":
-        out.index_add_(0, index, rows)
-    else:  # sorts the indices, where index_add_ on a GPU would add in whatever order the atomics come
+    if launches_cost(out.device):  # sorts the indices
         out.index_put_((index,), rows, accumulate=True)
+    else:
+        out.index_add_(0, index, rows)

@@ -23,12 +23,17 @@ from carma_kernels._operators import (
 from carma_kernels._terms import Similarity
 from carma_kernels.eager.layers import (
     LayerRows,
+    Receivers,
     compute_dtype,
     inverse,
     inverse_norms,
+    layers_at_once,
     norms,
     own_precision,
-    receiving_layers,
+    places,
+    products,
+    runs,
+    tile_size,
 )
 
 
@@ -55,6 +60,11 @@ class _Problem(SimilarityArguments):
         return layer_views(self.hidden)
 
     @property
+    def invalid(self) -> Tensor | None:
+        """The masked tokens `[B, T, 1]`."""
+        return None if self.mask is None else ~self.mask[:, :, None]
+
+    @property
     def inverse_temperature(self) -> Tensor | float:
         """`1/tau`."""
         temperature = self.temperature_value if self.temperature is None else self.temperature
@@ -63,12 +73,15 @@ class _Problem(SimilarityArguments):
 
 def _forward(problem: _Problem) -> tuple[Tensor]:
     out = _empty_matrix(problem)
-    B, T, D = problem.layers[0].shape
+    B, T, _ = problem.layers[0].shape
+    layers = range(*problem.range)
     with own_precision(out.device):
-        rows = LayerRows(problem.layers, at_once=1)
+        rows = LayerRows(problem.hidden)
         scale = problem.inverse_temperature
-        for place, layer in enumerate(range(*problem.range)):
-            out[place].copy_(_scores(rows[layer].view(B, T, D), problem.cosine, problem.mask, scale)[0])
+        for run in runs(layers, _at_once(problem)):
+            here, _ = rows.read(run, range(0))
+            score, *_ = _scores(here.unflatten(1, (B, T)), problem.cosine, problem.invalid, scale)
+            out[places(run, layers)].copy_(score)
     return (out,)
 
 
@@ -87,37 +100,40 @@ def _backward(
     """The gradients of the hidden states that need one, and `-tau` times that of the temperature."""
     (grad,) = upstream
     assert grad is not None
-    layers = problem.layers
-    B, T, D = layers[0].shape
-    dtype = compute_dtype(layers[0].dtype)
+    first = problem.layers[0]
+    B, T, _ = first.shape
+    dtype = compute_dtype(first.dtype)
     gradients = empty_gradients(problem.hidden, needs_grad)
     for gradient in gradients:
         gradient.zero_()
-    receiver = receiving_layers(problem.hidden, gradients, needs_grad)
-    work = layers[0].new_zeros((), dtype=dtype)  # sum of G s over layers
+    receivers = Receivers(problem.hidden, gradients, needs_grad)
+    works: list[Tensor] = []  # sums of G s
+    layers = range(*problem.range)
     with own_precision(grad.device):
-        rows = LayerRows(layers, at_once=1)
+        rows = LayerRows(problem.hidden)
         scale = problem.inverse_temperature
-        for place, layer in enumerate(range(*problem.range)):
-            if layer not in receiver and not needs_work:
+        for run in runs([layer for layer in layers if layer in receivers or needs_work], _at_once(problem)):
+            here, _ = rows.read(run, range(0))
+            score, side, valid = _scores(here.unflatten(1, (B, T)), problem.cosine, problem.invalid, scale)
+            arriving = grad[places(run, layers)].to(dtype)  # [l, B, T, T]
+            if problem.invalid is not None:  # zeroed, not multiplied: what arrives for masked entries may be anything
+                arriving = arriving.masked_fill(problem.invalid | problem.invalid.transpose(1, 2), 0.0)
+            weight = arriving + arriving.transpose(2, 3)
+            projection = (weight * score).sum(-1, keepdim=True)  # [l, B, T, 1]
+            works.append(projection.sum() / 2)
+            if not any(layer in receivers for layer in run):
                 continue
-            score, side, valid = _scores(rows[layer].view(B, T, D), problem.cosine, problem.mask, scale)
-            arriving = grad[place].to(dtype)  # [B, T, T]
-            if problem.mask is not None:  # zeroed, not multiplied: what arrives for masked entries may be anything
-                arriving = torch.where(problem.mask[:, :, None] & problem.mask[:, None], arriving, 0.0)
-            weight = arriving + arriving.transpose(1, 2)
-            projection = (weight * score).sum(-1, keepdim=True)  # [B, T, 1]
-            work += projection.sum() / 2
-            if layer not in receiver:
-                continue
+            room = receivers.room(run)
             if problem.cosine:
                 weight *= side
-                weight *= side.transpose(1, 2)
-            out = torch.bmm(weight.mul_(scale), valid)
+                weight *= side.transpose(2, 3)
+            valid = valid.to(dtype)
+            of_tokens = room.unflatten(1, (B, T)).flatten(0, 1)  # [l*B, T, D]
+            torch.bmm(weight.mul_(scale).flatten(0, 1), valid.flatten(0, 1), out=of_tokens)
             if problem.cosine:
-                out.addcmul_(valid, projection * side.square(), value=-1)
-            receiver[layer].copy_(out)
-    return gradients, work
+                room.addcmul_(valid.flatten(1, 2), (projection * side.square()).flatten(1, 2), value=-1)
+            receivers.receive(run, room)
+    return gradients, sum(works, first.new_zeros((), dtype=dtype))
 
 
 def _empty_backward(problem: _Problem, needs_grad: list[bool]) -> tuple[list[Tensor], Tensor]:
@@ -140,11 +156,21 @@ _operation = Operation(
 )
 
 
-def _scores(tokens: Tensor, cosine: bool, mask: Tensor | None, scale: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
-    """Similarities `[B, T, T]`, inverse norms `[B, T, 1]`, and the tokens `[B, T, D]` with 0 for masked ones."""
-    valid = tokens if mask is None else tokens.masked_fill(~mask[:, :, None], 0.0)
-    side = inverse_norms(norms(valid.flatten(0, 1))).view(*valid.shape[:2], 1)
-    score = torch.bmm(valid, valid.transpose(1, 2)).mul_(scale)
+def _at_once(problem: _Problem) -> int:
+    """How many layers to take together."""
+    first = problem.layers[0]
+    B, T, _ = first.shape
+    return layers_at_once(first, tile_size(first.numel(), first.device) // max(1, B * T * T))
+
+
+def _scores(
+    tokens: Tensor, cosine: bool, invalid: Tensor | None, scale: Tensor | float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Similarities `[l, B, T, T]`, inverse norms `[l, B, T, 1]`, and the tokens `[l, B, T, D]`, 0 for masked ones."""
+    valid = tokens if invalid is None else tokens.masked_fill(invalid, 0.0)
+    side = inverse_norms(norms(valid))[..., None]
+    rows = valid.flatten(0, 1)
+    score = products(rows, rows).unflatten(0, valid.shape[:2]).mul_(scale)
     if cosine:
-        score = score.mul_(side).mul_(side.transpose(1, 2))
+        score = score.mul_(side).mul_(side.transpose(2, 3))
     return score, side, valid

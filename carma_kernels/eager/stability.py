@@ -12,16 +12,16 @@ weighted then: with the weights folded into coefficients of `h_{l-1}, h_l, h_{l+
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+from carma_kernels.eager.layers import Steps, common, places
 
-def sums_of_squares(norm: Tensor, valid: Tensor | None) -> Tensor:
+
+def sums_of_squares(norm: Tensor, invalid: Tensor | None) -> Tensor:
     """Sum of squares over the valid rows of each layer `[l]`, from the norms of the rows `[l, N]`."""
     squares = norm.square()
-    return (squares if valid is None else torch.where(valid, squares, 0.0)).sum(1)
+    return (squares if invalid is None else squares.masked_fill_(invalid, 0.0)).sum(1)
 
 
 def stability(
@@ -49,43 +49,35 @@ def stability(
     scale.copy_(2 / (count * denominator))
 
 
-class StencilWeights(NamedTuple):
-    """What a layer's gradient is made with: upstream-weighted, 0-d each."""
+class Stencil:
+    """The gradient of each of the L layers of the stability loss."""
 
-    before: Tensor  # k_{l-1}
-    after: Tensor  # k_l
-    own: Tensor  # -(k_{l-1} r_{l-1} + k_l r_l)
+    def __init__(self, layers: range, loss: Tensor, scale: Tensor, grad: Tensor) -> None:
+        """Take the layers, and of their steps `r_l`, `k_l` and the upstream gradient, `[L-1]` each."""
+        self._layers = layers
+        self._step = (scale * grad)[:, None, None]  # [L-1, 1, 1], k_l
+        pull = self._step * loss[:, None, None]
+        self._own = pull.new_zeros(len(layers), 1, 1)  # -(k_{l-1} r_{l-1} + k_l r_l)
+        self._own[1:] -= pull
+        self._own[:-1] -= pull
 
+    def write(self, layers: range, rows: Tensor, steps: list[Steps], invalid: Tensor | None, out: Tensor) -> None:
+        """Write the gradients of some layers to `out` `[l, N, D]`.
 
-def stencil_weights(loss: Tensor, scale: Tensor, grad: Tensor) -> list[StencilWeights]:
-    """The weights of each of the L layers, from `r_l`, `k_l` and the upstream gradient, `[L-1]` each."""
-    weight = torch.nn.functional.pad(scale * grad, (1, 1))  # [L+1] of the steps before and after each layer
-    pull = torch.nn.functional.pad(scale * grad * loss, (1, 1))
-    own = -(pull[:-1] + pull[1:])
-    return [StencilWeights(weight[at], weight[at + 1], own[at]) for at in range(len(own))]
-
-
-def stencil(
-    rows: Tensor,
-    before: Tensor | None,
-    after: Tensor | None,
-    weights: StencilWeights,
-    valid: Tensor | None,
-    out: Tensor,
-) -> None:
-    """Write one layer's gradient to `out` `[N, D]`.
-
-    Args:
-        rows: the layer `h_l` `[N, D]`.
-        before, after: its steps `h_l - h_{l-1}` and `h_{l+1} - h_l`, None at the ends.
-        weights: of this layer.
-        valid: `[N]`; the other rows, whatever they hold, get a zero.
-        out: overwritten.
-    """
-    torch.mul(rows, weights.own, out=out)
-    if before is not None:
-        out.addcmul_(before, weights.before)
-    if after is not None:
-        out.addcmul_(after, weights.after, value=-1)
-    if valid is not None:
-        out.masked_fill_(~valid[:, None], 0.0)
+        Args:
+            layers: which.
+            rows: these layers, `[l, N, D]`.
+            steps: all that lead from one of them or to one.
+            invalid: `[N, 1]` rows that get a zero, whatever they hold.
+            out: overwritten.
+        """
+        torch.mul(rows, self._own[places(layers, self._layers)], out=out)
+        for some, change in steps:
+            weight = self._step[places(some, self._layers)]  # [m, 1, 1]
+            for ahead, sign in ((1, 1), (0, -1)):  # the layers that the steps lead to, and those that they start from
+                reached = common(layers, range(some.start + ahead, some.stop + ahead))
+                if reached:
+                    there = places(range(reached.start - ahead, reached.stop - ahead), some)
+                    out[places(reached, layers)].addcmul_(change[there], weight[there], value=sign)
+        if invalid is not None:
+            out.masked_fill_(invalid, 0.0)

@@ -12,7 +12,7 @@ from torch import Tensor
 import carma_kernels
 import csrc_ref
 from carma_kernels import PairIndex, TokenSpans
-from carma_kernels.eager.layers import runs
+from carma_kernels.eager.layers import layers_at_once, runs
 from carma_kernels.eager.mi import ContrastiveMI
 from tests.cases import MI_CASES, Backend, Batch, Case, list_pairs, make_batch, on_backends
 from tests.compare import assert_close_to_oracle, differentiate
@@ -61,10 +61,10 @@ def test_the_cases_take_every_turn_of_the_torch_backend() -> None:
         batch = make_batch(case)
         if case.negatives in ("sequence", "batch") and batch.spans.num_pairs:
             table = batch.spans.contrast_table(case.negatives)
-            rows = torch.zeros(batch.valid.numel(), case.D)
+            layer = torch.zeros(*batch.valid.shape, case.D)
             arithmetic = ContrastiveMI(table, cosine=True, match_negatives=None)
-            in_pieces = len(list(arithmetic._tiles(rows))) > 1
-            together = case.L > 1 and arithmetic.layers_at_once(rows.numel()) > 1
+            in_pieces = len(list(arithmetic._tiles(layer.flatten(0, 1)[None]))) > 1
+            together = case.L > 1 and layers_at_once(layer, arithmetic.layers_at_once(layer)) > 1
             assert not (in_pieces and together)
             turns.add((case.negatives, table.covers_batch, in_pieces, together))
     pieces = [(True, False), (False, False), (False, True)]

@@ -63,23 +63,46 @@ def test_every_pair_and_every_negative_once(negatives: str, batch: Batch):
 @pytest.mark.parametrize("negatives", ["sequence", "batch"])
 @settings(max_examples=60)
 @given(batch=batches())
-def test_padding_slots_repeat_the_first_and_belong_to_nobody(negatives: str, batch: Batch):
-    """A row that is read must be one of the group's own, so that no foreign NaN comes in."""
+def test_every_slot_of_a_group_is_another_one(negatives: str, batch: Batch):
+    """So nothing is written twice: padding keys are the sequence's padding tokens, padding anchors no anchor's slot."""
     table = batch.spans.contrast_table(negatives)
+    T = batch.shape[1]
     word = batch.spans.word.flatten().tolist()
     for tokens, words in zip(table.key_token.tolist(), table.key_word.tolist(), strict=True):
         keys = [token for token, key_word in zip(tokens, words, strict=True) if key_word != NO_WORD]
-        assert tokens == keys + keys[:1] * (len(tokens) - len(keys))
-        assert keys == sorted(set(keys))
-        assert words[: len(keys)] == [word[token] for token in keys]
+        assert tokens[: len(keys)] == keys == sorted(keys)
+        assert words == [word[token] for token in tokens]
+        assert len(set(tokens)) == len(tokens)
+        assert negatives == "batch" or len({token // T for token in tokens}) == 1
     for tokens, slots, words in zip(
         table.key_token.tolist(), table.anchor_slot.tolist(), table.anchor_word.tolist(), strict=True
     ):
         anchors = [slot for slot, anchor_word in zip(slots, words, strict=True) if anchor_word >= 0]
-        assert slots == anchors + anchors[:1] * (len(slots) - len(anchors))
+        assert slots[: len(anchors)] == anchors == sorted(anchors)
         assert words[: len(anchors)] == [word[tokens[slot]] for slot in anchors]
+        assert len(set(slots)) == len(slots)
+        assert set(slots) <= set(range(len(tokens)))
         assert len(set(words[len(anchors) :])) <= 1
         assert not set(words[len(anchors) :]) & {NO_WORD, *word}
+
+
+@pytest.mark.parametrize("negatives", ["sequence", "batch"])
+@settings(max_examples=60)
+@given(batch=batches())
+def test_the_positives_are_so_many_slots_after_their_anchor(negatives: str, batch: Batch):
+    table = batch.spans.contrast_table(negatives)
+    longest = max((end - start for words in batch.words for start, end in words), default=1)
+    assert table.distance.tolist() == list(range(1, longest))
+    for words, slots, anchor_words, counts in zip(
+        table.key_word.tolist(),
+        table.anchor_slot.tolist(),
+        table.anchor_word.tolist(),
+        table.num_positives.tolist(),
+        strict=True,
+    ):
+        for slot, anchor_word, count in zip(slots, anchor_words, counts, strict=True):
+            positives = [key for key, word in enumerate(words) if word == anchor_word and key > slot]
+            assert positives == list(range(slot + 1, slot + 1 + count))
 
 
 @settings(max_examples=60)
@@ -104,14 +127,16 @@ def test_shapes(batch: Batch, negatives: str):
         assert table.anchor_slot.shape == (groups, anchors)
     else:
         assert table.key_token.shape[0] == table.anchor_slot.shape[0] == 0
-    assert {tensor.dtype for tensor in table[:4]} == {torch.int32}
+    assert table.num_positives.shape == table.anchor_slot.shape
+    assert {tensor.dtype for tensor in table[:6]} == {torch.int32}
 
 
 @settings(max_examples=60)
 @given(batch=batches(), negatives=st.sampled_from(["sequence", "batch"]))
 def test_covers_batch_means_that_the_keys_are_all_tokens_in_order(batch: Batch, negatives: str):
     table = batch.spans.contrast_table(negatives)
-    assert table.covers_batch == (table.key_token.flatten().tolist() == list(range(batch.mask.numel())))
+    keys = table.key_token[table.key_word != NO_WORD].tolist()
+    assert table.covers_batch == (keys == list(range(batch.mask.numel())))
 
 
 def test_covers_batch_can_be_either():
@@ -137,5 +162,5 @@ def test_tables_begin_at_multiples_of_16_bytes(batch: Batch) -> None:
         table = batch.spans.contrast_table(negatives)
         assert table.word is not None
         assert table.ranks is not None
-        for tensor in (*table[:4], table.word, *table.ranks[:-1], batch.spans.attention_mask):
+        for tensor in (*table[:6], table.word, *table.ranks[:-1], batch.spans.attention_mask):
             assert tensor.storage_offset() * tensor.element_size() % 16 == 0
