@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from multiprocessing.reduction import ForkingPickler
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,28 +29,9 @@ from carma_kernels._span_inputs import (
     span_arrays,
     word_id_array,
 )
+from carma_kernels._tables import ContrastTable as ContrastTable
 from carma_kernels._tables import Layout, as_numbers, concatenate, contrast_tables
 from carma_kernels.pairs import NO_TOKEN, PairIndex
-
-
-class ContrastTable(NamedTuple):
-    """Who is compared with whom, as rectangular tables: S independent groups of A anchors against V keys.
-
-    `negatives="sequence"`: one group a sequence that has an anchor. `negatives="batch"`: one group in all.
-    A padding key is a padding token of the group's sequence, which nothing may read, and carries the word `NO_WORD`; a
-    padding anchor is some slot without an anchor, and carries a word nobody has. So no two slots are of one row, and
-    what is made for them all can be written at once.
-    """
-
-    key_token: Tensor  # [S, V] int32, flat index b*T+t of each key, in token order
-    key_word: Tensor  # [S, V] int32, the batch-unique word of each key
-    anchor_slot: Tensor  # [S, A] int32, the anchor's position among its group's keys
-    anchor_word: Tensor  # [S, A] int32
-    num_positives: Tensor  # [S, A] int32, of the anchor: they are in so many slots right after its own
-    distance: Tensor  # [M] int32, 1 .. M: how far after its anchor a positive can be; M + 1 is the longest word
-    covers_batch: bool  # the keys are all B*T tokens, in order: the hidden states can be used as they lie
-    word: Tensor | None = None  # [B, T] int32, as `TokenSpans.word`, but NO_WORD in groups without an anchor
-    ranks: RankTable | None = None  # the same groups, and those without an anchor, in the order of the Triton kernels
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -229,10 +210,13 @@ class TokenSpans:
         active = np.flatnonzero(has_anchor).astype(np.int32)  # [S] sequences that have an anchor
         of_active = slice(None) if len(active) == B else active
         compared = np.where(has_anchor[:, None], word, np.int32(NO_WORD))  # [B, T] with the anchors of a sequence
-        sequence_tables = contrast_tables(word[of_active], valid[of_active], continues[of_active], active * np.int32(T))
-        in_one_row = (word.reshape(1, B * T), valid.reshape(1, B * T), continues.reshape(1, B * T))
-        batch_tables = contrast_tables(*in_one_row, np.zeros(1, np.int32))
         anchors = anchor_numbers(length[length > 1])
+        num_positives = np.diff(anchors.first_pair)  # [anchors]
+        sequence_tables = contrast_tables(
+            word[of_active], valid[of_active], continues[of_active], active * np.int32(T), num_positives
+        )
+        in_one_row = (word.reshape(1, B * T), valid.reshape(1, B * T), continues.reshape(1, B * T))
+        batch_tables = contrast_tables(*in_one_row, np.zeros(1, np.int32), num_positives)
         host, layout = concatenate(
             {
                 "word": word,

@@ -25,7 +25,7 @@ ROOMS = {
     "_encodings": Room(set(), set()),
     "_ranks": Room(set(), {"numpy", "torch"}),
     "_span_inputs": Room(set(), {"numpy", "torch"}),
-    "_tables": Room({"_span_inputs"}, {"numpy", "torch"}),
+    "_tables": Room({"_ranks", "_span_inputs"}, {"numpy", "torch"}),
     "pairs": Room(set(), {"torch"}),
     "spans": Room({"_encodings", "_ranks", "_span_inputs", "_tables", "pairs"}, {"numpy", "torch"}),
     # what the ranks of a process group have together
@@ -40,7 +40,7 @@ ROOMS = {
         {"_autograd", "_operators", "_ranks", "_runtime", "_terms", "distributed", "kernels", "pairs", "spans"},
         {"numpy", "rich", "torch", "triton"},
     ),
-    "eager": Room({"_autograd", "_operators", "_terms", "distributed", "pairs", "spans"}, {"torch"}),
+    "eager": Room({"_autograd", "_operators", "_runtime", "_terms", "distributed", "pairs", "spans"}, {"torch"}),
     # the public interface
     "_small_problem": Room({"_terms", "pairs", "spans"}, {"torch"}),
     "_self_check": Room({"_small_problem", "eager"}, {"torch"}),
