@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import carma_kernels as ck
+from carma_kernels.eager import layers
 from carma_kernels.measure import peak_memory
 from tests.cases import BACKENDS, BF16, FP32, Backend
 
@@ -19,6 +20,12 @@ pytestmark = [
 ]
 
 Loss = Callable[[Tensor], Tensor]
+
+
+@pytest.fixture(autouse=True)
+def no_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the torch backend on a GPU, whatever the batch: tests/ops/test_torch_on_a_gpu.py sees to what it takes."""
+    monkeypatch.setattr(layers, "_WORKSPACE", 0)
 
 
 def dense(B: int, T: int) -> ck.TokenSpans:

@@ -115,9 +115,9 @@ def test_launches_of_listed_pairs(by_layer: bool, dtype: torch.dtype) -> None:
     assert sum(launches(24, pairs[24], None, dtype)) - paper <= 290
 
 
-@pytest.fixture(params=[1 << 25, 2500], ids=["all layers", "few layers"])
+@pytest.fixture(params=[1 << 25, 9000, 2500], ids=["all layers", "two layers", "one layer"])
 def the_way_of_a_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Taken by CPU tensors, with all layers or two or three at a time."""
+    """Taken by CPU tensors, with all layers at a time, with two in most cases, or with one and anchors in pieces."""
     monkeypatch.setattr(layers, "launches_cost", lambda _: True)
     monkeypatch.setattr(layers, "_WORKSPACE", request.param)
 
