@@ -115,7 +115,9 @@ TABLE: dict[str, list[Configuration]] = {
         _short(16, 128, 3, max_bytes=2),
         _short(32, 128, 3, max_bytes=2),
         _short(64, 64, 3, max_bytes=2, num_warps=8),
-        _short(128, 32, 3, max_bytes=2, num_warps=8, only_with=((3, 6),)),
+        _short(128, 32, 3, max_bytes=2, num_warps=8, shared_memory=3 * 57 * 1024, only_with=((3, 6),)),
+        _short(128, 64, 2, max_bytes=2, num_warps=8, shared_memory=3 * 57 * 1024),
+        _short(128, 64, 2, rows=32, max_bytes=2, num_warps=8, shared_memory=3 * 45 * 1024),  # 64 spill on sm_80
         _short(128, 64, 2, max_bytes=2, num_warps=8),
         _short(16, 64, 3),
         _short(32, 64, 3),
