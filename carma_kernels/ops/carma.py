@@ -39,6 +39,7 @@ from carma_kernels.ops.layers import (
     readable,
 )
 from carma_kernels.ops.mi import contrast_backward, contrast_forward, contrast_state_shapes
+from carma_kernels.ops.mi_dense import dense_backward, dense_forward, dense_state_shapes, takes_dense
 from carma_kernels.ops.pairs import Listed, listed_backward, listed_forward, listed_state_shapes
 from carma_kernels.ops.short import ShortMI
 from carma_kernels.ops.stability import (
@@ -119,7 +120,7 @@ class _Problem(CarmaArguments):
         S = ranks.token.shape[0]
         if ShortMI.takes(word.numel() // S, self.hidden[0]):
             return ShortMI(word.reshape(S, -1), self.mi_layers, similarity, needs_work=self.temperature is not None)
-        return _LongMI(ranks, self.mi_layers, similarity)
+        return _LongMI(ranks, self.mi_layers, similarity, word if takes_dense(word.numel() // S) else None)
 
 
 @dataclass(frozen=True)
@@ -129,11 +130,15 @@ class _LongMI:
     pairs: Listed | RankTable
     layers: range
     similarity: ScaledSimilarity
+    text: Tensor | None = None
+    """`[B, T]`, the word of each token, for `mi_dense`; None for `mi`"""
 
     @property
     def state_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         if isinstance(self.pairs, Listed):
             return listed_state_shapes(self.pairs, len(self.layers))
+        if self.text is not None:
+            return dense_state_shapes(self.pairs, self.text, len(self.layers))
         return contrast_state_shapes(self.pairs, len(self.layers))
 
     def forward(self, hidden: LayerTable, saved: _Saved) -> Tensor:
@@ -141,6 +146,8 @@ class _LongMI:
         norms = saved.inverse_norms if self.similarity.cosine else None
         if isinstance(self.pairs, Listed):
             return listed_forward(hidden, self.layers, self.pairs, self.similarity, norms, saved.state)
+        if self.text is not None:
+            return dense_forward(hidden, self.layers, self.pairs, self.text, self.similarity, norms, saved.state)
         return contrast_forward(hidden, self.layers, self.pairs, self.similarity, norms, saved.state)
 
     def backward(
@@ -157,6 +164,8 @@ class _LongMI:
         given = (self.similarity, norms, saved.state, grad_sums, stability, out, needs_work)
         if isinstance(self.pairs, Listed):
             work = listed_backward(hidden, self.layers, self.pairs, *given)
+        elif self.text is not None:
+            work = dense_backward(hidden, self.layers, self.pairs, self.text, *given)
         else:
             work = contrast_backward(hidden, self.layers, self.pairs, *given)
         if out is not None and len(self.layers) < len(hidden):

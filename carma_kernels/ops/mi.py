@@ -34,14 +34,16 @@ _STATISTICS_BLOCK = 128
 _INT32_MAX = 2**31 - 1
 
 
-def contrast_state_shapes(pairs: RankTable, num_layers: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def contrast_state_shapes(
+    pairs: RankTable, num_layers: int, block: int = _STATISTICS_BLOCK
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of the two fp32 tensors that the forward fills for the backward.
 
     For each anchor its `z` (with `match_negatives`) and the factor of its negatives' weights, `[L, S, 2, A]`; and sums
     over blocks of anchors, of `W s` and of the inverse norms, `[L, 2, blocks]`.
     """
     S, A = pairs.num_negatives.shape
-    return (num_layers, S, 2, A), (num_layers, 2, S * ceil_div(A, _STATISTICS_BLOCK))
+    return (num_layers, S, 2, A), (num_layers, 2, S * ceil_div(A, block))
 
 
 def contrast_forward(

@@ -47,6 +47,7 @@ LOSSES: dict[str, Loss] = {
     "carma, no mask": lambda h, spans, _: carma(h, spans, None),
     "carma, batch": lambda h, spans, mask: carma(h, spans, mask, negatives="batch", match_negatives=5),
     "carma, listed": lambda h, spans, mask: carma(h, spans.sample_pairs(K), mask),
+    "carma, dense": lambda h, spans, mask: carma(h, spans, mask),
     "mi": lambda h, spans, _: mi(h, spans),
     "mi, dot, learned": lambda h, spans, _: mi(h, spans, metric="dot", temperature=anywhere(torch.ones(())).squeeze()),
     "mi, listed by layer": lambda h, spans, _: mi(h, spans.sample_pairs(K, num_layers=L)),
@@ -105,6 +106,9 @@ class Driver:
 
 
 def main() -> None:
+    from carma_kernels.kernels import launch as table
+    from carma_kernels.ops import mi_dense
+
     compiled: dict[str, set[str]] = defaultdict(set)  # by kernel
 
     def compile_nothing(kernel: Any, key: str, _signature: Any, device: int, *_: Any) -> object:
@@ -118,11 +122,13 @@ def main() -> None:
     triton.JITFunction._do_compile = compile_nothing
     _runtime.target = lambda _device: _runtime.TARGETS["sm_90"]
     _runtime.launch = launch
+    mi_dense.SHORTEST = 129
     random.seed(0)
     upstream_of_any_kind()
     batches = int(sys.argv[1])
     for name, loss in LOSSES.items():
         compiled.clear()
+        table.LONG_PATH = "dense" if name == "carma, dense" else "tiles"
         for kernel in kernels():
             kernel.device_caches.clear()
         for T in LENGTHS:  # the first of each kind
@@ -139,11 +145,11 @@ def main() -> None:
 
 
 def kernels() -> list[Any]:
-    from carma_kernels.kernels import mi, mi_backward, pairs, short, similarity, stability
+    from carma_kernels.kernels import mi, mi_backward, mi_dense, pairs, short, similarity, stability
 
     return [
         value
-        for module in (mi, mi_backward, pairs, short, similarity, stability)
+        for module in (mi, mi_backward, mi_dense, pairs, short, similarity, stability)
         for name, value in vars(module).items()
         if name.endswith("_kernel")
     ]
