@@ -30,7 +30,8 @@ from triton.backends.compiler import GPUTarget
 
 from carma_kernels import _runtime
 from carma_kernels._terms import MITerm, Similarity, StabilityTerm
-from carma_kernels.ops import carma_terms, pairwise_similarity
+from carma_kernels.kernels import launch
+from carma_kernels.ops import carma_terms, mi, pairwise_similarity
 from carma_kernels.ops.machine_code import Resources, resources
 from carma_kernels.pairs import PairIndex
 from carma_kernels.spans import TokenSpans
@@ -111,6 +112,14 @@ def problems(subset: bool) -> dict[str, Problem]:
         for T in (127, 255):  # a width that is no multiple of a block's; and layers at any address
             found[f"carma T={T} D=208"] = _carma(T, 208, cosine=True)
             found[f"carma T={T} D=17"] = _carma(T, 17, cosine=True)
+    found["carma T=512 dense cosine"] = _dense(_carma(512, 256, cosine=True))
+    if not subset:
+        found["carma T=512 dense dot"] = _dense(_carma(512, 256, cosine=False, masked=True))
+        found["carma T=512 dense learned"] = _dense(_carma(512, 256, cosine=True, learned=True, masked=True))
+        found["mi T=512 dense"] = _dense(_carma(512, 256, cosine=True, stability=False))
+        found["carma T=1024 dense windows"] = _dense(_carma(1024, 256, cosine=True), workspace=2**19)
+        for D in (208, 17):
+            found[f"carma T=512 dense D={D}"] = _dense(_carma(512, D, cosine=True))
     widths = (768,) if subset else (32, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
     for D in widths:
         found[f"stability D={D}"] = _carma(16, D, masked=D % 512 == 0, mi=False)
@@ -151,6 +160,16 @@ def _carma(
         mi_term = MITerm(range(3), table, Similarity(cosine, temperature), matched) if mi else None
         stability_term = StabilityTerm(range(3), mask, 1e-8) if stability else None
         carma_terms(_hidden(T, D, dtype), mi_term, stability_term).loss.backward()
+
+    return run
+
+
+def _dense(problem: Problem, workspace: int = mi.WORKSPACE_BYTES) -> Problem:
+    """The same with the library's products."""
+
+    def run(dtype: torch.dtype) -> None:
+        with patch.object(launch, "LONG_PATH", "dense"), patch.object(mi, "WORKSPACE_BYTES", workspace):
+            problem(dtype)
 
     return run
 
