@@ -177,7 +177,10 @@ TABLE: dict[str, list[Configuration]] = {
     # size: tokens of a group, in all four: what is around the library's products (`LONG_PATH`). They multiply no tiles
     "dense_gather": [Configuration({"BLOCK_M": 8, "BLOCK_D": 256})],
     "dense_statistics": [Configuration({"BLOCK_N": 512})],
-    "dense_weights": [Configuration({"BLOCK_M": 32, "BLOCK_N": 128}, num_warps=8)],
+    "dense_weights": [
+        Configuration({"BLOCK_M": 32, "BLOCK_N": 64}, only_with=((3, 6),)),
+        Configuration({"BLOCK_M": 32, "BLOCK_N": 128}, num_warps=8),
+    ],
     "dense_rows": [Configuration({"BLOCK_M": 8, "BLOCK_D": 256})],
     # size: T
     "similarity_norms": [Configuration({"BLOCK_T": 16, "BLOCK_D": 256})],

@@ -119,7 +119,7 @@ def problems(subset: bool) -> dict[str, Problem]:
         found["mi T=512 dense"] = _dense(_carma(512, 256, cosine=True, stability=False))
         found["carma T=1024 dense windows"] = _dense(_carma(1024, 256, cosine=True), workspace=2**19)
         for D in (208, 17):
-            found[f"carma T=512 dense D={D}"] = _dense(_carma(512, D, cosine=True))
+            found[f"carma T=513 dense D={D}"] = _dense(_carma(513, D, cosine=True))
     widths = (768,) if subset else (32, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
     for D in widths:
         found[f"stability D={D}"] = _carma(16, D, masked=D % 512 == 0, mi=False)
