@@ -121,8 +121,8 @@ def _finalize_kernel(
         tl.store(means_ptr + layer, mean, mask=exists)
         mi += tl.sum(tl.where(exists, mean, 0.0), 0)
     mi /= tl.maximum(num_mi, 1)
-
-    rows = _row_sums(partials_ptr + 2 * walked.to(tl.int64) * width + at, at == 0, width, LAYERS, BLOCK)
+    is_counted = mask_if(at == 0, num_steps > 0)  # without a step nobody has written there
+    rows = _row_sums(partials_ptr + 2 * walked.to(tl.int64) * width + at, is_counted, width, LAYERS, BLOCK)
     count = tl.maximum(tl.sum(rows, 0) * D, 1.0)
     stability = 0.0
     for start in range(0, num_steps, LAYERS):

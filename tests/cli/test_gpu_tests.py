@@ -86,7 +86,7 @@ def test_without_a_gpu_the_targets_fail(target: str):
 
 
 def test_the_quick_bench_takes_options():
-    result = make("bench-gpu-quick", "--dry-run", "ARGS=--seconds 300 --only rates")
+    result = make("bench-gpu-quick", "--dry-run", "--no-print-directory", "ARGS=--seconds 300 --only rates")
     assert result.stdout.splitlines()[-1].endswith("python -m bench.gpu_quick --seconds 300 --only rates")
 
 
