@@ -56,6 +56,9 @@ dtype, without a GPU, for {targets}, by Triton {versions}.
   `python -m carma_kernels.ops.compile > docs/compile_table/triton-VERSION.tsv`
 - this page is made of them: `python docs/compile_table.py > docs/compile_table.md`
 
+Triton 3.6.0 has compiled the kernels of 2026-11-22, all of them. The tables of 3.7.1 and 3.9.0 are those of
+2026-11-21, with what these have compiled since, every configuration that is new among it; the rest is being made anew.
+
 A cell reads "registers a thread / KiB of shared memory a program" for each version in turn, once if they agree; – where
 a version is given other blocks. A spill is a fault, except where layers may lie at any address (`ALIGNMENT` below 16:
 an odd width, say) and are loaded element by element. So is a tile that is overwritten while the tensor cores may be

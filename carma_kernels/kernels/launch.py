@@ -45,6 +45,8 @@ class Configuration:
     """Registers a thread may use, at most; None to leave it to the compiler. NVIDIA only."""
     only_with: tuple[tuple[int, int], ...] = ()
     """Versions of Triton with which a later configuration spills registers, and this one does not; () for any."""
+    only_on: tuple[tuple[int, int], ...] = ()
+    """Compute capabilities of NVIDIA's, where that is so on some alone; () for any device."""
 
     def fits(self, target: Target, size: int, element_bytes: int) -> bool:
         """Whether it can be used."""
@@ -54,6 +56,7 @@ class Configuration:
             and self.shared_memory <= target.shared_memory
             and (self.max_registers is None or target.capability is not None)
             and (not self.only_with or _triton() in self.only_with)
+            and (not self.only_on or target.capability in self.only_on)
         )
 
     @property
@@ -120,6 +123,7 @@ TABLE: dict[str, list[Configuration]] = {
         _short(16, 128, 3, max_bytes=2),
         _short(32, 128, 3, max_bytes=2),
         _short(64, 64, 3, max_bytes=2, num_warps=8),
+        _short(128, 64, 2, rows=32, max_bytes=2, num_warps=8, only_with=((3, 6),), only_on=((10, 0),)),
         _short(128, 32, 3, max_bytes=2, num_warps=8, shared_memory=3 * 57 * 1024, only_with=((3, 6),)),
         _short(128, 64, 2, max_bytes=2, num_warps=8, shared_memory=3 * 57 * 1024),
         _short(128, 64, 2, rows=32, max_bytes=2, num_warps=8, shared_memory=3 * 45 * 1024),  # 64 spill on sm_80
@@ -128,6 +132,7 @@ TABLE: dict[str, list[Configuration]] = {
         _short(32, 64, 3),
         _short(64, 32, 3, rows=32, num_warps=8, shared_memory=2 * 57 * 1024, only_with=((3, 6),)),
         _short(64, 32, 3, num_warps=8),
+        _short(128, 16, 2, rows=16, num_warps=8, only_with=((3, 6),), only_on=((10, 0),)),
         _short(128, 16, 2, rows=32, num_warps=8, shared_memory=3 * 23 * 1024),  # 64 spill, but not on gfx942
         _short(128, 16, 2, num_warps=8),
     ],
