@@ -76,7 +76,7 @@ def _implementation(record: Record, profiled: Record | None, floor: float | None
 def _kernels(records: list[Record], rates: Rates | None) -> str:
     if not records:
         return ""
-    header = ["kernel", "T", "calls", "us", "20 to 80 %", "GB/s", "of copy", "TFLOP/s", "of mm", *_RESOURCES]
+    header = ["kernel", "T", "runs", "us", "20 to 80 %", "GB/s", "of copy", "TFLOP/s", "of mm", *_RESOURCES]
     rows = [
         [_kernel(record), str(record["workload"]["T"]), str(record["launches"]), *_speed(record, rates)]
         for record in records
@@ -102,7 +102,7 @@ def _speed(record: Record, rates: Rates | None) -> list[str]:
     if record["cost"]:
         cost, seconds = Cost(**record["cost"]), record["seconds"][1]
         moved, multiplied = cost.bytes / seconds, cost.flops / seconds
-        cells[2], cells[4] = f"{moved / 1e9:.0f}", f"{multiplied / 1e12:.3g}" if cost.flops else ""
+        cells[2], cells[4] = f"{moved / 1e9:.0f}", f"{multiplied / 1e12:.0f}" if cost.flops else ""
         if rates:
             cells[3] = f"{100 * moved / rates.bytes_per_second:.0f} %"
             cells[5] = f"{100 * multiplied / rates.flops_per_second:.0f} %" if cost.flops else ""
@@ -142,8 +142,12 @@ def _needs(record: Record) -> list[str]:
 
 
 def _microseconds(record: Record) -> list[str]:
-    fast, middle, slow = (f"{1e6 * seconds:.4g}" for seconds in record["seconds"])
+    fast, middle, slow = (_three_digits(1e6 * seconds) for seconds in record["seconds"])
     return [middle, f"{fast} to {slow}"]
+
+
+def _three_digits(number: float) -> str:
+    return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def _options(record: Record) -> str:
