@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, library
 from torch.nn import Parameter
 
-from carma_kernels._operators import CarmaArguments, SimilarityArguments
+from carma_kernels._operators import CARMA_SCHEMA, CarmaArguments, SimilarityArguments
+from carma_kernels._terms import Terms
 
 Problem = TypeVar("Problem", bound=CarmaArguments | SimilarityArguments)
 Results = tuple[Tensor, ...]
@@ -170,6 +171,29 @@ def _as_returned(results: Results) -> Tensor | Results:
 
 def _as_results(returned: Tensor | Results) -> Results:
     return (returned,) if isinstance(returned, Tensor) else returned
+
+
+def carma_operation(
+    name: str, problem: Callable[..., Problem], num_saved: int, **functions: Callable[..., Any]
+) -> Operation[Problem]:
+    """The operation behind `carma_terms`: its results are `Terms`, then what is saved beside the stability losses.
+
+    Args:
+        name, problem: as for `Operation`.
+        num_saved: of the results after `Terms`.
+        functions: `forward`, `empty`, `backward` and `empty_backward` of `Operation`.
+    """
+    outputs = len(Terms._fields)
+    return Operation(
+        name,
+        "the CARMA losses",
+        CARMA_SCHEMA,
+        problem,
+        num_results=outputs + num_saved,
+        num_outputs=outputs,
+        kept=(Terms._fields.index("stability_per_layer"), *range(outputs, outputs + num_saved)),
+        **functions,
+    )
 
 
 class _Eager(torch.autograd.Function):

@@ -9,9 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from carma_kernels._autograd import Operation
+from carma_kernels._autograd import carma_operation
 from carma_kernels._operators import (
-    CARMA_SCHEMA,
     CarmaArguments,
     CarmaUpstream,
     carma_arguments,
@@ -249,16 +248,12 @@ def _empty_backward(problem: _Problem, needs_grad: list[bool]) -> tuple[list[Ten
     return empty_gradients(problem.hidden, needs_grad), first.new_zeros((), dtype=compute_dtype(first.dtype))
 
 
-_operation = Operation(
+_operation = carma_operation(
     "torch_carma_terms",
-    "the CARMA losses",
-    CARMA_SCHEMA,
     _Problem,
+    len(_Saved._fields),
     forward=_forward,
     empty=_empty,
-    num_results=len(Terms._fields) + len(_Saved._fields),
-    num_outputs=len(Terms._fields),
-    kept=(1, *range(len(Terms._fields), len(Terms._fields) + len(_Saved._fields))),
     backward=_backward,
     empty_backward=_empty_backward,
 )

@@ -34,7 +34,7 @@ ROOMS = {
     "_runtime": Room(set(), {"torch"}),
     "_terms": Room({"pairs", "spans"}, {"torch"}),
     "_operators": Room({"_terms", "pairs", "spans"}, {"torch"}),
-    "_autograd": Room({"_operators"}, {"torch"}),
+    "_autograd": Room({"_operators", "_terms"}, {"torch"}),
     "kernels": Room({"_runtime"}, {"triton"}),
     "ops": Room(
         {"_autograd", "_operators", "_ranks", "_runtime", "_terms", "distributed", "kernels", "pairs", "spans"},
