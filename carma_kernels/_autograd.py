@@ -98,7 +98,7 @@ class Operation(Generic[Problem]):
     def __call__(self, asked: Problem) -> Results:
         """The outputs, connected to the hidden states and, where it is a tensor, to the temperature."""
         inputs = (*asked.hidden, asked.temperature)
-        if _is_watched(inputs):
+        if _is_watched(_tensors(asked)):
             return _as_results(self._forward(*asked))[: self.num_outputs]
         if not torch.is_grad_enabled():
             return self.compute(asked)[: self.num_outputs]
@@ -128,7 +128,7 @@ class Operation(Generic[Problem]):
         *needs_hidden, needs_temperature = needs
         if all(gradient is None for gradient in upstream):
             return [None] * len(needs)
-        if _is_watched((*asked.hidden, *kept, *upstream)):
+        if _is_watched((*_tensors(asked), *kept, *upstream)):
             found, work = self._backward(*upstream, kept, needs_hidden, needs_temperature, *asked)
         else:
             with torch.no_grad():
@@ -270,6 +270,14 @@ def _taken_out(argument: Any, tensors: Iterator[Tensor]) -> Any:
     if not isinstance(argument, _Kept):
         return argument
     return next(tensors) if argument.number is None else [next(tensors) for _ in range(argument.number)]
+
+
+def _tensors(asked: tuple[Any, ...]) -> list[Tensor]:
+    """All of an operation's arguments that are some."""
+    found: list[Tensor] = []
+    for argument in asked:
+        _put_away(argument, found)
+    return found
 
 
 _PLAIN = (Tensor, Parameter, type(None))

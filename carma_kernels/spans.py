@@ -254,7 +254,7 @@ class TokenSpans:
     @property
     def attention_mask(self) -> Tensor:
         """`[B, T]` bool: the token is valid. A view, which costs a device nothing."""
-        return self._attention_mask() if torch.compiler.is_compiling() else self._kept_attention_mask
+        return self._kept_attention_mask if _views_are_real() else self._attention_mask()
 
     @cached_property
     def _kept_attention_mask(self) -> Tensor:
@@ -326,7 +326,7 @@ class TokenSpans:
         """The anchors and keys of `negatives="sequence"` or `"batch"`."""
         if negatives not in ("sequence", "batch"):
             raise ValueError(f"negatives must be 'sequence' or 'batch', got {negatives!r}.")
-        if torch.compiler.is_compiling():
+        if not _views_are_real():
             return self._contrast_table(negatives)
         if negatives not in self._contrast_tables:
             self._contrast_tables[negatives] = self._contrast_table(negatives)
@@ -473,6 +473,11 @@ class TokenSpans:
 
 
 torch.serialization.add_safe_globals([TokenSpans])
+
+
+def _views_are_real() -> bool:
+    """Whether a view may be kept: under a dispatch mode it may be a fake tensor, which knows no number."""
+    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
 
 
 def _as_they_lie(spans: TokenSpans) -> tuple[type[TokenSpans], tuple[Any, ...]]:

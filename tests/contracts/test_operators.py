@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, library
+from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+import carma_kernels as ck
 from tests.cases import Backend, Case
 from tests.contracts.ops import OPS, Op, make_problem, same_bits
 
@@ -58,3 +61,12 @@ def test_the_same_bits_for_who_does_not_look(backend: Backend, op: Op, stacked: 
         functions.add(node.name())
         nodes += [before for before, _ in node.next_functions if before is not None]
     assert "_EagerBackward" in functions
+
+
+def test_fake_words_give_a_fake_loss(backend: Backend) -> None:
+    """Of real hidden states, too: no number is made of what a fake tensor holds."""
+    spans = ck.TokenSpans.from_word_ids([[0, 0, 1, 1, 2, -1]] * 2)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = spans.to("meta").to(backend.device)
+    hidden = torch.randn(3, 2, 6, 16, device=backend.device)
+    assert is_fake(ck.carma_loss(hidden, fake, backend=backend.name).loss)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
 
-from carma_kernels.spans import NO_WORD, ContrastTable
+from carma_kernels.spans import NO_WORD, ContrastTable, TokenSpans
 from tests.spans.batches import EXAMPLE, Batch, batches
 
 Pairs = set[tuple[int, int]]
@@ -164,3 +165,16 @@ def test_tables_begin_at_multiples_of_16_bytes(batch: Batch) -> None:
         assert table.ranks is not None
         for tensor in (*table[:6], table.word, *table.ranks[:-1], batch.spans.attention_mask):
             assert tensor.storage_offset() * tensor.element_size() % 16 == 0
+
+
+@pytest.mark.parametrize("negatives", ["sequence", "batch"])
+def test_what_a_mode_has_seen_is_not_kept(negatives: str):
+    """Under fake tensors a view is fake, too: kept, it would be read as numbers later."""
+    spans = TokenSpans.from_word_ids([[0, 0, 1, 1, 2, None]] * 2)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert is_fake(spans.contrast_table(negatives).key_token)
+        assert is_fake(spans.attention_mask)
+    table = spans.contrast_table(negatives)
+    assert not any(is_fake(field) for field in table if isinstance(field, torch.Tensor))
+    assert not is_fake(spans.attention_mask)
+    assert spans.contrast_table(negatives) is table  # this one is
