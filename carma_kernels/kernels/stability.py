@@ -83,7 +83,7 @@ def _row_sums(row_ptr, exists, width, LAYERS: tl.constexpr, BLOCK: tl.constexpr)
     return tl.sum(total, 1)
 
 
-@kernel("mi_width", "width", "walked", "first", "num_mi", "num_steps", "mi_weight", "stability_weight", "eps")
+@kernel("mi_width", "width", "walked", "first", "num_mi", "num_steps", "mi_weight", "stability_weight", "eps", "D")
 def _finalize_kernel(
     mi_partials_ptr,  # [num_mi, mi_width]
     divisor_ptr,  # 0-d, of the MI loss's sums over pairs

@@ -52,8 +52,12 @@ class LayerTable:
 
     @cached_property
     def alignment(self) -> int:
-        """Of every layer, in bytes: 16, or what a single element needs."""
-        return self.present.element_size() if any(address % 16 for address in self._on_host) else 16
+        """Of every row, in bytes: 16, or what a single element needs.
+
+        Triton sees of a width whether 16 divides it, and otherwise loads element by element, wherever the layers lie.
+        """
+        aligned = self.shape[2] % 16 == 0 and not any(address % 16 for address in self._on_host)
+        return 16 if aligned else self.present.element_size()
 
     def __len__(self) -> int:
         """`L`."""
