@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, TextIO
 from unittest.mock import patch
 
@@ -89,6 +90,9 @@ class Compiled:
 
 Problem = Callable[[torch.dtype], None]
 
+_STABILITY = ((True, True), (True, False), (False, False))
+"""Whether there is a stability loss, and a mask for it; by default there are both"""
+
 
 def problems(subset: bool) -> dict[str, Problem]:
     """Calls of the operators, forward and backward, that together launch every kernel in every configuration.
@@ -98,33 +102,48 @@ def problems(subset: bool) -> dict[str, Problem]:
     """
     found: dict[str, Problem] = {}
     for T in (256,) if subset else (16, 32, 64, 256):
-        for cosine in (True, False):
-            for masked in (True,) if subset else (True, False):
-                name = f"similarity T={T} {'cosine' if cosine else 'dot'}{' masked' * masked}"
-                found[name] = _similarity(T, cosine, masked)
-    for T in (128, 256) if subset else (64, 128, 256, 4096):
-        found[f"carma T={T} cosine"] = _carma(T, 256, cosine=True)
-        found[f"carma T={T} dot"] = _carma(T, 256, cosine=False, masked=True)
+        for cosine, masked, learned in product((True, False), repeat=3):
+            if not subset or (masked and not learned):
+                name = _named(f"similarity T={T}", cosine=cosine, learned=learned, masked=masked)
+                found[name] = _similarity(T, cosine, learned, masked)
+    for T in (128, 256) if subset else (16, 32, 64, 128, 256):
+        for cosine, learned, matched in product((True, False), repeat=3):
+            for stability, masked in _STABILITY:
+                if not subset or (masked and not learned and not matched):
+                    options = {"learned": learned, "matched": matched, "masked": masked}
+                    name = _named(f"{'carma' if stability else 'mi'} T={T}", cosine=cosine, **options)
+                    found[name] = _carma(T, 256, cosine=cosine, stability=stability, **options)
     if not subset:
-        for T in (16, 32, 64, 128, 256):
-            found[f"carma T={T} cosine learned matched"] = _carma(T, 256, cosine=True, learned=True, masked=True)
-            found[f"mi T={T}"] = _carma(T, 256, cosine=T > 32, stability=False)
-        for T in (127, 255):  # a width that is no multiple of a block's; and layers at any address
-            found[f"carma T={T} D=208"] = _carma(T, 208, cosine=True)
-            found[f"carma T={T} D=17"] = _carma(T, 17, cosine=True)
+        for T in (127, 255):  # a width that is no multiple of a block's; and rows at any address
+            found[f"carma T={T} D=208"] = _carma(T, 208, masked=True)
+            found[f"carma T={T} D=17"] = _carma(T, 17, masked=True)
     found["carma T=512 dense cosine"] = _dense(_carma(512, 256, cosine=True))
     if not subset:
         found["carma T=512 dense dot"] = _dense(_carma(512, 256, cosine=False, masked=True))
-        found["carma T=512 dense learned"] = _dense(_carma(512, 256, cosine=True, learned=True, masked=True))
+        found["carma T=512 dense learned"] = _dense(_carma(512, 256, learned=True, matched=True, masked=True))
         found["mi T=512 dense"] = _dense(_carma(512, 256, cosine=True, stability=False))
         found["carma T=1024 dense windows"] = _dense(_carma(1024, 256, cosine=True), workspace=2**19)
         for D in (208, 17):
             found[f"carma T=513 dense D={D}"] = _dense(_carma(513, D, cosine=True))
     widths = (768,) if subset else (32, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
     for D in widths:
-        found[f"stability D={D}"] = _carma(16, D, masked=D % 512 == 0, mi=False)
-        found[f"listed D={D}"] = _listed(D, cosine=D % 512 > 0, stability=D > 512)
+        for masked in (True,) if subset else (True, False):
+            found[_named(f"stability D={D}", masked=masked)] = _carma(16, D, masked=masked, mi=False)
+        for cosine in (True,) if subset else (True, False):
+            for stability, masked in _STABILITY[:1] if subset else _STABILITY:
+                name = _named(f"listed{'' if stability else ' mi'} D={D}", cosine=cosine, masked=masked)
+                found[name] = _listed(D, cosine, stability, masked)
     return found
+
+
+def _named(begin: str, *, cosine: bool | None = None, **options: bool) -> str:
+    """A problem's name: how it begins, the metric if it has one, and the options that it has."""
+    metric = [] if cosine is None else ["cosine" if cosine else "dot"]
+    return " ".join((begin, *metric, *(name for name, has in options.items() if has)))
+
+
+def _temperature(learned: bool) -> Tensor | float:
+    return torch.tensor(0.1, requires_grad=True) if learned else 0.1
 
 
 def _hidden(T: int, D: int, dtype: torch.dtype) -> Tensor:
@@ -132,11 +151,16 @@ def _hidden(T: int, D: int, dtype: torch.dtype) -> Tensor:
     return torch.zeros(3, 1, T, D, dtype=dtype, requires_grad=True)
 
 
-def _similarity(T: int, cosine: bool, masked: bool) -> Problem:
+def _mask(T: int, masked: bool) -> Tensor | None:
+    return torch.ones(1, T, dtype=torch.bool) if masked else None
+
+
+def _similarity(T: int, cosine: bool, learned: bool, masked: bool) -> Problem:
     def run(dtype: torch.dtype) -> None:
-        mask = torch.ones(1, T, dtype=torch.bool) if masked else None
-        hidden = _hidden(T, 256, dtype)
-        pairwise_similarity(hidden, range(3), Similarity(cosine, 0.1), mask, torch.float32).sum().backward()
+        similarity = Similarity(cosine, _temperature(learned))
+        pairwise_similarity(
+            _hidden(T, 256, dtype), range(3), similarity, _mask(T, masked), torch.float32
+        ).sum().backward()
 
     return run
 
@@ -147,18 +171,17 @@ def _carma(
     *,
     cosine: bool = True,
     learned: bool = False,
+    matched: bool = False,
     masked: bool = False,
     mi: bool = True,
     stability: bool = True,
 ) -> Problem:
     def run(dtype: torch.dtype) -> None:
         spans = TokenSpans.from_lists([[(s, s + 3) for s in range(0, T - 3, 8)]], seq_len=T)
-        temperature = torch.tensor(0.1, requires_grad=True) if learned else 0.1
+        similarity = Similarity(cosine, _temperature(learned))
         table = spans.contrast_table("sequence")
-        mask = torch.ones(1, T, dtype=torch.bool) if masked else None
-        matched = 5.0 if learned else None
-        mi_term = MITerm(range(3), table, Similarity(cosine, temperature), matched) if mi else None
-        stability_term = StabilityTerm(range(3), mask, 1e-8) if stability else None
+        mi_term = MITerm(range(3), table, similarity, 5.0 if matched else None) if mi else None
+        stability_term = StabilityTerm(range(3), _mask(T, masked), 1e-8) if stability else None
         carma_terms(_hidden(T, D, dtype), mi_term, stability_term).loss.backward()
 
     return run
@@ -174,12 +197,12 @@ def _dense(problem: Problem, workspace: int = mi.WORKSPACE_BYTES) -> Problem:
     return run
 
 
-def _listed(D: int, cosine: bool, stability: bool) -> Problem:
+def _listed(D: int, cosine: bool, stability: bool, masked: bool) -> Problem:
     def run(dtype: torch.dtype) -> None:
         zeros = torch.zeros(4, dtype=torch.int32)
         pairs = PairIndex(zeros, zeros, zeros[:, None].expand(4, 5).contiguous(), (1, 16))
         mi_term = MITerm(range(3), pairs, Similarity(cosine, 0.1), None)
-        stability_term = StabilityTerm(range(3), None, 1e-8) if stability else None
+        stability_term = StabilityTerm(range(3), _mask(16, masked), 1e-8) if stability else None
         carma_terms(_hidden(16, D, dtype), mi_term, stability_term).loss.backward()
 
     return run
