@@ -189,8 +189,11 @@ def _launched_on() -> int:
 
 
 def tile_size(layer_size: int, device: torch.device) -> int:
-    """Numbers at most in a tile of similarities, of one layer of so many numbers or of some: a quarter of theirs."""
-    return max(layer_size, _launched_on() if launches_cost(device) else 0) // 4
+    """Numbers at most in a tile of similarities, of one layer of so many numbers or of some: a quarter of theirs.
+
+    Or, where operations are launched, half of what is taken together, if that is more.
+    """
+    return max(layer_size // 4, _launched_on() // 2 if launches_cost(device) else 0)
 
 
 def gathered_size(rows: Tensor) -> int:

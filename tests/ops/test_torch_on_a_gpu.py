@@ -106,6 +106,16 @@ def test_launches(spans: ck.TokenSpans, negatives: str, dtype: torch.dtype) -> N
 
 @pytest.mark.usefixtures("products_of_halves")
 @pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_launches_of_many_anchors(dtype: torch.dtype) -> None:
+    """Almost every token against the whole batch: the tiles of a few layers fill the workspace."""
+    table = DENSE.contrast_table("batch")
+    paper = sum(launches(12, table, DENSE.attention_mask, dtype))
+    assert paper <= 300
+    assert sum(launches(24, table, DENSE.attention_mask, dtype)) - paper <= 220
+
+
+@pytest.mark.usefixtures("products_of_halves")
+@pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("by_layer", [False, True])
 def test_launches_of_listed_pairs(by_layer: bool, dtype: torch.dtype) -> None:
     spans = SPANS["covering"]
@@ -152,7 +162,7 @@ class TestTheSameResults:
 @pytest.mark.usefixtures("users_defaults")
 @pytest.mark.parametrize("stacked", [False, True], ids=["list", "stacked"])
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-@pytest.mark.parametrize("pairs", [*SPANS, "dense", "listed"])
+@pytest.mark.parametrize("pairs", [*SPANS, "dense", "dense, batch", "listed"])
 def test_memory(pairs: str, dtype: torch.dtype, stacked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The workspace and the gradients."""
     workspace = 1 << 22
@@ -160,10 +170,12 @@ def test_memory(pairs: str, dtype: torch.dtype, stacked: bool, monkeypatch: pyte
     monkeypatch.setattr(layers, "_WORKSPACE", workspace)
     hidden = torch.randn(12, B, T, D // 4).to(dtype)
     leaves = [hidden.requires_grad_()] if stacked else [layer.clone().requires_grad_() for layer in hidden]
-    spans_or_pairs = {"listed": SPANS["covering"].sample_pairs(), "dense": DENSE, **SPANS}[pairs]
+    dense = {"dense": DENSE, "dense, batch": DENSE}
+    spans_or_pairs = {"listed": SPANS["covering"].sample_pairs(), **dense, **SPANS}[pairs]
+    config = ck.CarmaConfig(negatives="batch" if "batch" in pairs else "sequence")
 
     def step() -> None:
         states = leaves[0] if stacked else leaves
-        torch.autograd.grad(ck.carma_loss(states, spans_or_pairs, backend="torch").loss, leaves)
+        torch.autograd.grad(ck.carma_loss(states, spans_or_pairs, config, backend="torch").loss, leaves)
 
     assert peak_memory(step, torch.device("cpu")) <= hidden.nbytes + workspace * FP32.itemsize
