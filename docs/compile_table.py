@@ -56,13 +56,13 @@ dtype, without a GPU, for {targets}, by Triton {versions}.
   `python -m carma_kernels.ops.compile > docs/compile_table/triton-VERSION.tsv`
 - this page is made of them: `python docs/compile_table.py > docs/compile_table.md`
 
-Triton 3.6.0 has compiled the kernels of 2026-11-22, all of them. The tables of 3.7.1 and 3.9.0 are those of
-2026-11-21, with what these have compiled since, every configuration that is new among it; the rest is being made anew.
+Triton 3.6.0 has compiled every kernel that a call with any options launches, as of 2026-12-01. The tables of 3.7.1 and
+3.9.0 have every configuration, but not yet each with all options; most of their rows are of the kernels of 2026-11-21.
 
-A cell reads "registers a thread / KiB of shared memory a program" for each version in turn, once if they agree; – where
-a version is given other blocks. A spill is a fault, except where layers may lie at any address (`ALIGNMENT` below 16:
-an odd width, say) and are loaded element by element. So is a tile that is overwritten while the tensor cores may be
-reading it, and a product of halves without the matrix units or without loads of 16 bytes."""
+A cell reads "registers a thread / KiB of shared memory a program" for each version in turn, once if they agree; –
+where a version is given other blocks. A spill is a fault, except where rows may lie at any address (`ALIGNMENT` below
+16: a width that 16 does not divide, say) and are loaded element by element. So is a tile that is overwritten while the
+tensor cores may be reading it, and a product of halves without the matrix units or without loads of 16 bytes."""
 
 
 def variant_and_blocks(constants: str) -> tuple[str, str]:

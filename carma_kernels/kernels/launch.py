@@ -125,20 +125,22 @@ TABLE: dict[str, list[Configuration]] = {
         _short(32, 128, 3, max_bytes=2),
         _short(64, 64, 3, max_bytes=2, num_warps=8),
         _short(128, 64, 2, rows=32, max_bytes=2, num_warps=8, only_with=((3, 6),), only_on=((10, 0),)),
-        _short(128, 32, 3, max_bytes=2, num_warps=8, shared_memory=3 * 57 * 1024, only_with=((3, 6),)),
-        _short(128, 64, 2, max_bytes=2, num_warps=8, shared_memory=3 * 57 * 1024),
+        _short(128, 32, 3, max_bytes=2, num_warps=8, shared_memory=3 * 57 * 1024),  # 64 columns spill
         _short(128, 64, 2, rows=32, max_bytes=2, num_warps=8, shared_memory=3 * 45 * 1024),  # 64 spill on sm_80
         _short(128, 64, 2, max_bytes=2, num_warps=8),
+        *(_short(tokens, 16, 2, only_with=((3, 7),), only_on=((10, 0),)) for tokens in (16, 32)),
+        *(_short(tokens, 32, 2, only_with=((3, 6), (3, 7))) for tokens in (16, 32)),
         _short(16, 64, 3),
         _short(32, 64, 3),
         _short(64, 32, 3, rows=32, num_warps=8, shared_memory=2 * 57 * 1024, only_with=((3, 6),)),
         _short(64, 32, 3, num_warps=8),
-        _short(128, 16, 2, rows=16, num_warps=8, only_with=((3, 6),), only_on=((10, 0),)),
-        _short(128, 16, 2, rows=32, num_warps=8, shared_memory=3 * 23 * 1024),  # 64 spill, but not on gfx942
+        _short(128, 16, 2, rows=16, num_warps=8, max_registers=128, only_with=((3, 6),), only_on=((10, 0),)),
+        _short(128, 16, 3, rows=32, num_warps=8, shared_memory=3 * 23 * 1024),  # 64 spill, but not on gfx942
         _short(128, 16, 2, num_warps=8),
     ],
     # size: tokens of a group
     "short_backward": [
+        _short(16, 64, 3, max_bytes=2, shared_memory=80 * 1024),  # gfx942's loads are of 16 bytes with 128 columns
         _short(16, 128, 3, max_bytes=2),
         _short(32, 64, 3, max_bytes=2),
         # two programs a multiprocessor
