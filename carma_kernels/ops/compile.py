@@ -7,9 +7,9 @@ it is compiled instead, for each target, by Triton's own assemblers: neither a G
 is 1 if a kernel spills registers, needs more shared memory than the target has, or, for halves, multiplies tiles
 without the matrix units or without a load of 16 bytes; or overwrites a tile that is still being multiplied.
 
-All of it takes a core one to two hours. Triton keeps what it has compiled (`TRITON_CACHE_DIR`), so a run that was stopped
-goes on where it was, several at a time do not get in each other's way (`--part 1/2`, `--part 2/2`), and the run after
-them, which prints the whole table, takes minutes.
+All of it takes a core one to two hours. Triton keeps what it has compiled (`TRITON_CACHE_DIR`), so a run that was
+stopped goes on where it was, several at a time do not get in each other's way (`--part 1/2`, `--part 2/2`), and the run
+after them, which prints the whole table, takes minutes.
 """
 
 from __future__ import annotations
