@@ -7,12 +7,11 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 
-from tests.cli.processes import ROOT
+from tests.kernels.test_versions import compiled
 
 pytest.importorskip("triton")
 
@@ -135,16 +134,6 @@ def test_the_interpreter_cannot_compile(monkeypatch: pytest.MonkeyPatch, capsys:
     assert "TRITON_INTERPRET" in capsys.readouterr().err
 
 
-def in_a_process(*command: str) -> list[Any]:
-    """The JSON lines of a Python process in which Triton is no interpreter."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    result = subprocess.run(
-        [sys.executable, *command], env=environment, capture_output=True, text=True, check=False, cwd=ROOT
-    )
-    assert result.returncode == 0, result.stderr
-    return [json.loads(line) for line in result.stdout.splitlines()]
-
-
 KEYS = """
 import json, torch, triton
 from carma_kernels.ops import compile
@@ -167,7 +156,7 @@ for D in (16, 24, 32, 33, 48, 100, 1000):
 def test_a_row_is_one_compilation() -> None:
     """What Triton compiles, apart from the target, follows from the constants in the table: no width makes another."""
     keys: dict[tuple[str, str], set[str]] = {}
-    for kernel, constants, key in in_a_process("-c", KEYS):
+    for kernel, constants, key in map(json.loads, compiled("-c", KEYS)):
         keys.setdefault((kernel, constants), set()).add(key)
     assert len({kernel for kernel, _ in keys}) >= 10
     assert [row for row, found in keys.items() if len(found) > 1] == []
@@ -175,7 +164,7 @@ def test_a_row_is_one_compilation() -> None:
 
 def test_every_launch_of_a_call_is_compiled() -> None:
     """Each loss with each of its options, in the ways that users call them, is among the tool's problems."""
-    launched = in_a_process("-m", "tests.kernels.launched")
+    launched = [json.loads(line) for line in compiled("-m", "tests.kernels.launched")]
     calls = " ".join({row["call"] for row in launched})
     assert all(kind in calls for kind in ("carma_loss all", "carma_loss listed", "mi_loss", "stability_loss", "sim"))
     assert len({row["kernel"] for row in launched}) >= 14
