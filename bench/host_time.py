@@ -25,7 +25,7 @@ import torch
 import carma_kernels as ck
 from bench import report, saved
 from bench.workloads import Case, Workload, token_spans
-from carma_kernels import _runtime
+from carma_kernels import _backend, _runtime
 from carma_kernels.measure import environment
 
 SMALL_OPERATIONS = 100
@@ -36,24 +36,33 @@ class Subject:
     """A call that is timed."""
 
     workload: Workload
-    backend: str = "triton"
+    backend: str | None = "triton"
+    """None for who does not ask for one: Triton, once it has agreed with the torch backend."""
     dtype: torch.dtype = torch.bfloat16
 
 
 SUBJECTS = (
     Subject(Workload("short", L=12, B=16, T=58, D=768, words="dense")),
+    Subject(Workload("short", L=12, B=16, T=58, D=768, words="dense"), None),
     Subject(Workload("short", L=28, B=16, T=58, D=768, words="dense")),
     Subject(Workload("long", L=12, B=8, T=256, D=768, words="dense")),
     Subject(Workload("one sequence", L=12, B=1, T=58, D=768, words="dense"), "torch", torch.float32),
 )
 
 
+class _Everything(set[Any]):
+    def __contains__(self, _item: object) -> bool:
+        return True
+
+
 @contextmanager
 def launches_left_out() -> Iterator[None]:
-    """An H100 is pretended, and no kernel runs: what one would have written is whatever was there."""
+    """An H100 is pretended, where the backends have agreed, and no kernel runs: results are whatever was there."""
     with (
         patch.object(_runtime, "target", lambda _device: _runtime.TARGETS["sm_90"]),
         patch.object(_runtime, "launch", lambda *_arguments, **_options: None),
+        patch.object(_backend, "_obstacles", {torch.device("cpu"): None}),
+        patch.object(_backend, "_admitted", _Everything()),
     ):
         yield
 
@@ -62,7 +71,7 @@ def measure(subject: Subject, rounds: int, warm_up: int = 20) -> dict[str, Any]:
     """Minimum and median seconds of the passes and of both, and their ratio to the small operations in between."""
     case = subject.workload.build(dtype=subject.dtype)
     call = _call(case, subject.backend)
-    with launches_left_out() if subject.backend == "triton" else nullcontext():
+    with nullcontext() if subject.backend == "torch" else launches_left_out():
         for _ in range(warm_up):
             call()
         forward, backward, small = zip(*((*call(), _small_operations()) for _ in range(rounds)), strict=True)
@@ -70,7 +79,7 @@ def measure(subject: Subject, rounds: int, warm_up: int = 20) -> dict[str, Any]:
     times = {"forward": forward, "backward": backward, "both": both}
     ratios = [of_round / operations for of_round, operations in zip(both, small, strict=True)]
     return {
-        "backend": subject.backend,
+        "backend": subject.backend or "triton by default",
         "dtype": str(subject.dtype).removeprefix("torch."),
         "workload": asdict(subject.workload),
         "rounds": rounds,
@@ -79,7 +88,7 @@ def measure(subject: Subject, rounds: int, warm_up: int = 20) -> dict[str, Any]:
     }
 
 
-def _call(case: Case, backend: str) -> Callable[[], tuple[float, float]]:
+def _call(case: Case, backend: str | None) -> Callable[[], tuple[float, float]]:
     """A function that takes the seconds of forward and backward."""
     spans = token_spans(case)
 

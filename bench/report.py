@@ -122,7 +122,7 @@ def host_times(runs: list[dict[str, Any]]) -> str:
     header = ["workload", "backend", *HOST_PASSES, "of 100 small operations"]
     return (
         "The host's microseconds for a call of carma_loss and its backward, minimum and median of the rounds, without "
-        "the launches where the backend is triton; the ratio of the minima, and the median of the rounds' ratios:"
+        "the launches where the backend is Triton's; the ratio of the minima, and the median of the rounds' ratios:"
         f"\n\n{table(header, rows)}"
     )
 

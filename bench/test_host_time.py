@@ -10,6 +10,7 @@ import pytest
 import carma_kernels as ck
 from bench import host_time, report, saved
 from bench.workloads import TINY
+from carma_kernels import _self_check, eager
 
 pytestmark = pytest.mark.smoke
 
@@ -29,20 +30,23 @@ def test_what_is_saved_is_what_is_printed(monkeypatch, tmp_path, capsys):
     paths = sorted(tmp_path.glob("*/*-host-time*.json"))
     assert len(paths) == 2
     runs = json.loads(paths[1].read_text())["host_times"]
-    assert [run["backend"] for run in runs] == ["triton", "triton", "triton", "torch"]
+    assert [run["backend"] for run in runs] == ["triton", "triton by default", "triton", "triton", "torch"]
     for run in runs:
         assert run["both"]["min"] >= run["forward"]["min"] + run["backward"]["min"] > 0
         assert run["against_small"]["of_minima"] > 0
     assert report.host_times(runs) in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("backend", ["triton", None])
 @pytest.mark.usefixtures("tiny")
-def test_no_kernel_runs():
-    """Triton's would refuse these tensors without its interpreter."""
+def test_no_kernel_runs(backend, monkeypatch):
+    """Triton's would refuse these tensors without its interpreter; nothing is checked, nor left to torch."""
     case = TINY[0].build()
     spans = ck.TokenSpans.from_lists(case.spans, seq_len=20)
+    monkeypatch.setattr(eager, "carma_terms", None)
+    monkeypatch.setattr(_self_check, "disagreement", None)
     with host_time.launches_left_out():
-        ck.carma_loss(case.hidden_states, spans, backend="triton").loss.backward()
+        ck.carma_loss(case.hidden_states, spans, backend=backend).loss.backward()
     assert all(layer.grad is not None for layer in case.hidden_states)
 
 
