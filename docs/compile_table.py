@@ -49,15 +49,13 @@ def page(found: dict[str, list[Row]]) -> Iterator[str]:
 INTRODUCTION = """\
 # What the kernels compile to
 
-Every kernel in every configuration that [the launch table](../carma_kernels/kernels/launch.py) can pick, in every
-dtype, without a GPU, for {targets}, by Triton {versions}.
+Every kernel that a call with any options launches, in every configuration that
+[the launch table](../carma_kernels/kernels/launch.py) can pick and in every dtype, without a GPU, for {targets},
+by Triton {versions}.
 
 - [compile_table/](compile_table) has a table for each version:
   `python -m carma_kernels.ops.compile > docs/compile_table/triton-VERSION.tsv`
 - this page is made of them: `python docs/compile_table.py > docs/compile_table.md`
-
-Triton 3.6.0 has compiled every kernel that a call with any options launches, as of 2026-12-01. The tables of 3.7.1 and
-3.9.0 have every configuration, but not yet each with all options; most of their rows are of the kernels of 2026-11-21.
 
 A cell reads "registers a thread / KiB of shared memory a program" for each version in turn, once if they agree; –
 where a version is given other blocks. A spill is a fault, except where rows may lie at any address (`ALIGNMENT` below

@@ -126,13 +126,14 @@ TABLE: dict[str, list[Configuration]] = {
         _short(64, 64, 3, max_bytes=2, num_warps=8),
         _short(128, 64, 2, rows=32, max_bytes=2, num_warps=8, only_with=((3, 6),), only_on=((10, 0),)),
         _short(128, 32, 3, max_bytes=2, num_warps=8, shared_memory=3 * 57 * 1024),  # 64 columns spill
+        _short(128, 64, 3, rows=32, max_bytes=2, num_warps=8, shared_memory=2 * 67 * 1024, only_with=((3, 9),)),
         _short(128, 64, 2, rows=32, max_bytes=2, num_warps=8, shared_memory=3 * 45 * 1024),  # 64 spill on sm_80
         _short(128, 64, 2, max_bytes=2, num_warps=8),
         *(_short(tokens, 16, 2, only_with=((3, 7),), only_on=((10, 0),)) for tokens in (16, 32)),
         *(_short(tokens, 32, 2, only_with=((3, 6), (3, 7))) for tokens in (16, 32)),
-        _short(16, 64, 3),
-        _short(32, 64, 3),
+        *(_short(tokens, 16, 2) for tokens in (16, 32)),
         _short(64, 32, 3, rows=32, num_warps=8, shared_memory=2 * 57 * 1024, only_with=((3, 6),)),
+        _short(64, 16, 3, num_warps=8, only_with=((3, 7),), only_on=((10, 0),)),
         _short(64, 32, 3, num_warps=8),
         _short(128, 16, 2, rows=16, num_warps=8, max_registers=128, only_with=((3, 6),), only_on=((10, 0),)),
         _short(128, 16, 3, rows=32, num_warps=8, shared_memory=3 * 23 * 1024),  # 64 spill, but not on gfx942
@@ -150,9 +151,8 @@ TABLE: dict[str, list[Configuration]] = {
         _short(128, 64, 2, max_bytes=2, num_warps=8, shared_memory=80 * 1024),
         _short(128, 32, 2, max_bytes=2, num_warps=8),
         _short(16, 32, 2),
-        _short(32, 32, 3, only_with=((3, 7),)),
-        _short(32, 16, 2, only_with=((3, 9),)),
-        _short(32, 32, 2),
+        _short(32, 32, 2, only_with=((3, 6),)),
+        _short(32, 32, 3),
         _short(64, 16, 2, rows=32, num_warps=8, shared_memory=3 * 28 * 1024),  # 64 spill on sm_100, 32 on gfx942
         _short(64, 32, 2, num_warps=8),
         _short(128, 16, 2, rows=32, num_warps=8, shared_memory=2 * 33 * 1024),  # likewise
@@ -179,6 +179,7 @@ TABLE: dict[str, list[Configuration]] = {
         _rows_of_product(64, 16, 64, pieces=2, num_warps=8, min_bytes=4),
         _rows_of_product(128, 64, 128, pieces=8, num_warps=8, shared_memory=_TWO_OF_96_KB, only_with=((3, 9),)),
         _rows_of_product(128, 64, 128, pieces=4, num_warps=8, shared_memory=_TWO_OF_96_KB),
+        _rows_of_product(64, 64, 128, pieces=4, num_warps=8, shared_memory=72 * 1024, only_with=((3, 9),)),
         _rows_of_product(64, 64, 128, pieces=4, shared_memory=72 * 1024),
         _rows_of_product(64, 64, 128, pieces=4, num_stages=2),
     ],
