@@ -6,11 +6,12 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
 import carma_kernels as ck
 from bench import host_time, report, saved
 from bench.workloads import TINY
-from carma_kernels import _self_check, eager
+from carma_kernels import _backend, _self_check, eager
 
 pytestmark = pytest.mark.smoke
 
@@ -48,6 +49,7 @@ def test_no_kernel_runs(backend, monkeypatch):
     with host_time.launches_left_out():
         ck.carma_loss(case.hidden_states, spans, backend=backend).loss.backward()
     assert all(layer.grad is not None for layer in case.hidden_states)
+    assert torch.device("cpu") not in _backend._obstacles  # nothing of it is left behind
 
 
 def test_the_row_of_a_run():
