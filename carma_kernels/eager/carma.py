@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -22,17 +22,21 @@ from carma_kernels.distributed import join_terms
 from carma_kernels.eager.layers import (
     LayerRows,
     Receivers,
+    at,
     common,
     compute_dtype,
     inverse,
     inverse_norms,
+    joined,
+    launches_cost,
     layers_at_once,
     norms,
     own_precision,
     places,
     runs,
+    tile_size,
 )
-from carma_kernels.eager.mi import AnchorState, ContrastiveMI
+from carma_kernels.eager.mi import Comparisons, ContrastiveMI, ContrastRun
 from carma_kernels.eager.pairs import ListedMI
 from carma_kernels.eager.stability import Stencil, stability, sums_of_squares
 from carma_kernels.spans import ContrastTable
@@ -65,17 +69,11 @@ def _asked(
 
 
 def _tables(table: ContrastTable) -> list[Tensor]:
-    return [
-        table.key_token,
-        table.key_word,
-        table.anchor_slot,
-        table.anchor_word,
-        table.num_positives,
-        table.distance,
-    ]
+    return list(Comparisons.of(table))
 
 
-_ANCHORS = 3  # among them, anchor_word [S, A]
+_LISTED = 3
+"""Tensors of a PairIndex; there are more `Comparisons`."""
 
 
 class _Problem(CarmaArguments):
@@ -107,25 +105,40 @@ class _Problem(CarmaArguments):
         """What computes the MI term; None if it has no pair."""
         if not self.num_pairs:
             return None
-        if len(self.pairs) == 3:
+        if len(self.pairs) == _LISTED:
             anchor, positive, negatives = self.pairs
             return ListedMI(anchor, positive, negatives, self.cosine)
-        key_token, key_word, anchor_slot, anchor_word, num_positives, distance = self.pairs
-        table = ContrastTable(key_token, key_word, anchor_slot, anchor_word, num_positives, distance, self.covers_batch)
-        return ContrastiveMI(table, self.cosine, self.match_negatives)
+        return ContrastiveMI(Comparisons(*self.pairs), self.covers_batch, self.cosine, self.match_negatives)
 
 
 class _Saved(NamedTuple):
-    """What the forward leaves for the backward: a few numbers a token and layer."""
+    """What the forward leaves for the backward: a few numbers a token and layer, and similarities if they are few."""
 
     inverse_norm: Tensor  # [L, N] of the MI layers
     log_negatives: Tensor  # [L, S, A]
-    pull: Tensor  # [L, S, A]
+    scores: Tensor  # [_num_kept, S, A, V] of the first of them
     scale: Tensor  # [L-1] of the stability term
 
-    def anchors(self, some: slice) -> AnchorState:
-        """Of some of the MI layers."""
-        return AnchorState(self.log_negatives[some], self.pull[some])
+    def kept(self, some: slice) -> Tensor | None:
+        """The similarities of some of the MI layers, which are kept of all of them or of none."""
+        return at(self.scores, some) if some.stop <= len(self.scores) else None
+
+
+_KEPT = 4
+"""On a CPU, similarities are kept that take up to one part in so many of the memory of the hidden states."""
+
+
+def _num_kept(problem: _Problem) -> int:
+    """Of how many layers the similarities are kept: multiplying again is a quarter of the work on long sequences."""
+    layer = problem.layers[0]
+    if launches_cost(layer.device) or len(problem.pairs) == _LISTED:
+        return 0
+    S, V, A = Comparisons(*problem.pairs).sizes
+    size = max(1, S * V * A)
+    if size > tile_size(layer.numel(), layer.device):
+        return 0
+    room = len(problem.layers) * layer.numel() * layer.dtype.itemsize // (_KEPT * compute_dtype(layer.dtype).itemsize)
+    return torch.sym_min(len(problem.mi_layers), room // size)  # type: ignore[no-any-return]
 
 
 def _forward(problem: _Problem) -> tuple[Tensor, ...]:
@@ -134,28 +147,45 @@ def _forward(problem: _Problem) -> tuple[Tensor, ...]:
     mi_layers, stability_layers = problem.mi_layers, problem.stability_layers
     valid = problem.valid_rows
     arithmetic = problem.mi_arithmetic()
+    found: list[tuple[Tensor, Tensor, Tensor]] = []  # by run: inverse norms, z and sums
+    lengths: list[Tensor] = []  # [l, N] of the stability term's layers
+    changes: list[Tensor] = []  # [l, N] of their steps
     with own_precision(sums.device):
-        rows = LayerRows(problem.hidden)
+        read = LayerRows(problem.hidden)
         scale = problem.inverse_temperature
-        lengths: list[Tensor] = []  # [l, N] of the stability term's layers
-        changes: list[Tensor] = []  # [l, N] of their steps
-        for run in runs(sorted({*mi_layers, *stability_layers}), _at_once(problem, arithmetic)):
-            here, steps = rows.read(run, common(range(run.start - 1, run.stop - 1), problem.steps))
-            norm = norms(here)  # [l, N]
-            if problem.steps:
-                lengths.append(norm[places(common(run, stability_layers), run)])
-            changes += [norms(change) for _, change in steps]
-            del steps
-            with_mi = common(run, mi_layers)
-            if arithmetic is not None and with_mi:
-                of_run, of_mi = places(with_mi, run), places(with_mi, mi_layers)
-                inverse_norm = inverse_norms(norm[of_run], out=saved.inverse_norm[of_mi])
-                sums[of_mi] = arithmetic.forward(here[of_run], inverse_norm, scale, of_mi.start, saved.anchors(of_mi))
+        used = sorted({*mi_layers, *stability_layers})
+        for run, parts in _walk(problem, arithmetic, used, len(saved.scores)):
+            mi = None
+            if arithmetic is not None and run.start in mi_layers:
+                of_mi = places(run, mi_layers)
+                mi = arithmetic.run(problem.layers[0], of_mi, scale, saved.kept(of_mi))
+            norm: list[Tensor] = []
+            for part in parts:
+                steps = common(range(part.start - 1, part.stop - 1), problem.steps)
+                here = read.rows(part, steps)
+                norm.append(norms(here))
+                changes += [norms(change) for _, change in read.changes(part, steps)]
+                if mi is not None:
+                    mi.add(places(part, run), here)
+                del here
+            lengths_of_run = joined(norm)
+            if problem.steps and run.start in stability_layers:
+                lengths.append(lengths_of_run)
+            if mi is not None:
+                inverse_norm = inverse_norms(lengths_of_run)
+                found.append((inverse_norm, *mi.forward(inverse_norm)))
+        if found:
+            inverse_norm, log_negatives, sums = (joined(list(of_runs)) for of_runs in zip(*found, strict=True))
+            saved = saved._replace(inverse_norm=inverse_norm, log_negatives=log_negatives)
+        else:
+            for nothing in (sums, saved.inverse_norm, saved.log_negatives):
+                nothing.zero_()
         if changes:
             B, T, D = problem.layers[0].shape
             invalid = None if valid is None else ~valid
-            energy, change = (sums_of_squares(torch.cat(norm), invalid) for norm in (lengths, changes))
-            stability(energy, change, valid, B * T * D, D, problem.eps, out=(losses, saved.scale))
+            energy, change = (sums_of_squares(joined(norm), invalid) for norm in (lengths, changes))
+            losses, scale_of_steps = stability(energy, change, valid, B * T * D, D, problem.eps)
+            saved = saved._replace(scale=scale_of_steps)
         if problem.group is not None:
             join_terms(problem.group, sums, losses, saved.scale, problem.layers[0], problem.mask)
         means = sums / (problem.divisor_value if problem.divisor is None else problem.divisor)
@@ -171,16 +201,16 @@ def _empty(problem: _Problem) -> tuple[Tensor, ...]:
 def _empty_results(problem: _Problem) -> tuple[Tensor, Tensor, _Saved]:
     layer = problem.layers[0]
     num_mi, num_steps = len(problem.mi_layers), max(0, len(problem.stability_layers) - 1)
-    anchors = problem.pairs[_ANCHORS].shape if len(problem.pairs) > 3 else (0, 0)
+    S, V, A = Comparisons(*problem.pairs).sizes if len(problem.pairs) > _LISTED else (0, 0, 0)
     dtype = compute_dtype(layer.dtype)
     return (
-        layer.new_zeros(num_mi, dtype=dtype),
-        layer.new_zeros(num_steps, dtype=dtype),
+        layer.new_empty(num_mi, dtype=dtype),
+        layer.new_empty(num_steps, dtype=dtype),
         _Saved(
-            layer.new_zeros((num_mi, layer.shape[0] * layer.shape[1]), dtype=dtype),
-            layer.new_zeros((num_mi, *anchors), dtype=dtype),
-            layer.new_zeros((num_mi, *anchors), dtype=dtype),
-            layer.new_zeros(num_steps, dtype=dtype),
+            layer.new_empty((num_mi, layer.shape[0] * layer.shape[1]), dtype=dtype),
+            layer.new_empty((num_mi, S, A), dtype=dtype),
+            layer.new_empty((_num_kept(problem) if num_mi and S else 0, S, A, V), dtype=dtype),
+            layer.new_empty(num_steps, dtype=dtype),
         ),
     )
 
@@ -207,38 +237,43 @@ def _backward(
     valid = problem.valid_rows
     works: list[Tensor] = []  # sums of W s
     with own_precision(layers[0].device):
-        rows = LayerRows(problem.hidden)
+        read = LayerRows(problem.hidden)
         scale = problem.inverse_temperature
         stencil = Stencil(stability_layers, losses, saved.scale, grad_losses) if grad_losses is not None else None
         invalid = None if valid is None or stencil is None else ~valid[:, None]
         needed = [layer for layer in range(len(layers)) if layer in receivers or (layer in mi_layers and needs_work)]
-        for run in runs(needed, _at_once(problem, arithmetic)):
-            here, steps = rows.read(run, common(range(run.start - 1, run.stop), _steps(stability_layers)))
-            room = receivers.room(run)
-            changing = common(run, stability_layers)
-            if len(changing) < len(run):
-                room.zero_()
-            if stencil is not None and changing:
-                of_run = places(changing, run)
-                stencil.write(changing, here[of_run], steps, invalid, room[of_run])
-            del steps
-            with_mi = common(run, mi_layers)
-            if arithmetic is not None and grad_sums is not None and with_mi:
-                of_run, of_mi = places(with_mi, run), places(with_mi, mi_layers)
-                work = arithmetic.backward(
-                    here[of_run],
-                    saved.inverse_norm[of_mi],
-                    scale,
-                    of_mi.start,
-                    saved.anchors(of_mi),
-                    grad_sums[of_mi],
-                    room[of_run],
-                    needs_work,
-                )
-                if work is not None:
-                    works.append(work)
-            receivers.receive(run, room)
-            del here, room  # before the next ones are made
+        for run, parts in _walk(problem, arithmetic, needed, len(saved.scores)):
+            of_stability = stencil if run.start in stability_layers else None
+            steps = {part: common(range(part.start - 1, part.stop), _steps(stability_layers)) for part in parts}
+            mi = None
+            if arithmetic is not None and grad_sums is not None and run.start in mi_layers:
+                of_mi = places(run, mi_layers)
+                kept_scores = saved.kept(of_mi)
+                mi = arithmetic.run(layers[0], of_mi, scale, kept_scores)
+                if kept_scores is None:
+                    for part in parts:
+                        mi.add(places(part, run), read.rows(part, steps[part]))
+                fold = isinstance(mi, ContrastRun) and mi.covers and invalid is None
+                own = of_stability.own(run) if of_stability is not None and fold else None
+                saved_of_run = at(saved.inverse_norm, of_mi), at(saved.log_negatives, of_mi)
+                mi.weigh(*saved_of_run, at(grad_sums, of_mi), needs_work, own)
+            for part in parts:
+                here, place, room = read.rows(part, steps[part]), places(part, run), receivers.room(part)
+                if isinstance(mi, ContrastRun) and mi.covers and invalid is None:
+                    mi.write_gradient(place, here, room)
+                    if of_stability is not None:
+                        of_stability.add_changes(part, read.changes(part, steps[part]), room)
+                else:
+                    if of_stability is None:
+                        room.zero_()
+                    else:
+                        of_stability.write(part, here, read.changes(part, steps[part]), invalid, room)
+                    if mi is not None:
+                        mi.add_gradient(place, here, room)
+                receivers.receive(part, room)
+                del here, room  # before the next ones are made
+            if mi is not None and mi.work is not None:
+                works.append(mi.work)
     none = layers[0].new_zeros((), dtype=compute_dtype(layers[0].dtype))
     return gradients, sum(works, none)
 
@@ -267,10 +302,18 @@ def _of_each(arrived: tuple[Tensor, float] | None, num_layers: int) -> Tensor | 
     return (gradient * factor).expand(num_layers)
 
 
-def _at_once(problem: _Problem, arithmetic: ContrastiveMI | ListedMI | None) -> int:
-    """How many layers to take together."""
+def _walk(
+    problem: _Problem, arithmetic: ContrastiveMI | ListedMI | None, layers: Sequence[int], num_kept: int
+) -> Iterator[tuple[range, list[range]]]:
+    """Runs of layers that are in the same terms, for one tile each; and the parts of a run to read at once."""
     first = problem.layers[0]
-    return layers_at_once(first, arithmetic.layers_at_once(first) if arithmetic is not None else len(problem.layers))
+    in_tile = arithmetic.layers_at_once(first) if isinstance(arithmetic, ContrastiveMI) else len(problem.layers)
+    at_once = layers_at_once(first, in_tile)
+    if launches_cost(first.device) or not isinstance(arithmetic, ContrastiveMI):
+        in_tile = at_once
+    bounds = {*problem.ranges, problem.mi_layers.start + num_kept}
+    for run in runs(layers, max(in_tile, at_once), bounds):
+        yield run, list(runs(run, at_once))
 
 
 def _steps(layers: range) -> range:

@@ -9,8 +9,9 @@ numbers is taken alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -20,14 +21,11 @@ from carma_kernels import _runtime
 from carma_kernels._terms import ZERO_NORM
 
 
-@contextmanager
-def own_precision(device: torch.device) -> Iterator[None]:
+def own_precision(device: torch.device) -> AbstractContextManager[None]:
     """Keep an ambient autocast out: the result depends on the inputs alone."""
-    if torch.amp.is_autocast_available(device.type):
-        with torch.autocast(device.type, enabled=False):
-            yield
-    else:
-        yield
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -78,10 +76,11 @@ class Receivers:
         """Take what was summed up there, as far as it is needed."""
         place = self._place(layers)
         if place is None:
+            sums = room.view(len(layers), *self._like.shape).unbind(0)
             needed = [layer for layer in layers if layer in self]
             if needed:
-                sums = [room[layer - layers.start].view(self._like.shape) for layer in needed]
-                torch._foreach_copy_([self._of_layer[layer] for layer in needed], sums)
+                to = [self._of_layer[layer] for layer in needed]
+                torch._foreach_copy_(to, [sums[layer - layers.start] for layer in needed])
         elif place.dtype != room.dtype:
             place.copy_(room)
 
@@ -105,8 +104,8 @@ class LayerRows:
     """The layers of hidden states `[L, B, T, D]`, or L times `[B, T, D]`, as rows `[l, N, D]`, `N = B*T`.
 
     In the compute dtype, but for halves that can be multiplied as they are. One contiguous layer of the right dtype, or
-    some that lie stacked, are a view; others are copied when they are read. What was made of a single layer is kept for
-    the next, so that a walk over the layers that looks one ahead makes each thing once.
+    some that lie stacked, are a view; others are copied when they are read. What was made of the last two single
+    layers, or of the last ones that were read together, is kept, so that a walk over the layers makes each thing once.
     """
 
     def __init__(self, hidden: Sequence[Tensor]) -> None:
@@ -117,35 +116,38 @@ class LayerRows:
         self._dtype = first.dtype if multiplies_halves(first.device) else self._compute_dtype
         self._single: dict[int, Tensor] = {}
         self._change: dict[int, Tensor] = {}
+        self._together: tuple[range, Tensor] | None = None
 
-    def read(self, layers: range, steps: range) -> tuple[Tensor, list[Steps]]:
-        """Some layers `[l, N, D]`, and the steps asked for, each of which starts or ends at one of them.
-
-        Good until the next call but one.
-        """
+    def rows(self, layers: range, steps: range) -> Tensor:
+        """Some layers `[l, N, D]`; `steps` says which of their `changes` will be asked for."""
         if len(layers) == 1:
-            made = [Steps(range(step, step + 1), self._single_step(step)) for step in steps]
-            return self._single_layer(layers.start), made
-        read = range(min(layers.start, steps.start), max(layers.stop, steps.stop + 1)) if steps else layers
-        rows = self._rows(read).contiguous()
-        made = []
-        if steps:
-            first = steps.start - read.start
-            made.append(Steps(steps, self._difference(rows[first : first + len(steps) + 1])))
-        first = layers.start - read.start
-        return rows[first : first + len(layers)], made
+            return self._single_layer(layers.start)
+        return self._read_together(layers, steps)[places(layers, _with_neighbours(layers, steps))]
+
+    def changes(self, layers: range, steps: range) -> list[Steps]:
+        """The steps asked for, each of which starts or ends at one of the layers; good until the next call but one."""
+        if len(layers) == 1:
+            return [Steps(range(step, step + 1), self._single_step(step)) for step in steps]
+        if not steps:
+            return []
+        read = _with_neighbours(layers, steps)
+        reached = self._read_together(layers, steps)[places(range(steps.start, steps.stop + 1), read)]
+        if reached.dtype == self._compute_dtype:
+            return [Steps(steps, reached[1:] - reached[:-1])]
+        return [Steps(steps, reached[1:].to(self._compute_dtype).sub_(reached[:-1]))]
+
+    def _read_together(self, layers: range, steps: range) -> Tensor:
+        read = _with_neighbours(layers, steps)
+        if self._together is None or self._together[0] != read:
+            self._together = None  # its memory, before more is asked for
+            self._together = (read, self._rows(read).contiguous())
+        return self._together[1]
 
     def _rows(self, layers: range) -> Tensor:
         some = self._hidden[layers.start : layers.stop]
         if not isinstance(some, Tensor):
             some = some[0][None] if len(some) == 1 else torch.stack(some)
         return some.to(self._dtype).flatten(1, 2)
-
-    def _difference(self, rows: Tensor) -> Tensor:
-        """`[l, N, D]` of `[l+1, N, D]`."""
-        if rows.dtype == self._compute_dtype:
-            return rows[1:] - rows[:-1]
-        return rows[1:].to(self._compute_dtype).sub_(rows[:-1])
 
     def _single_layer(self, layer: int) -> Tensor:
         if layer not in self._single:
@@ -169,18 +171,23 @@ class LayerRows:
         return self._change[step]
 
 
-_AT_ONCE_ON_CPU = 5 << 17
+def _with_neighbours(layers: range, steps: range) -> range:
+    """The layers, and those that the steps start from or lead to."""
+    return range(min(layers.start, steps.start), max(layers.stop, steps.stop + 1)) if steps else layers
+
+
 _WORKSPACE = 1 << 25  # numbers in fp32, where operations are launched
-_FEWEST_ON_CPU = 3  # of less, copying a list's layers together takes what fewer operations gain
+_AT_ONCE_ON_CPU = 1 << 20
+_SMALL_ON_CPU = 3 << 15  # a layer of more numbers is worth an operation of its own, which finds it in a near cache
+_TILE_ON_CPU = 1 << 18  # below, operations take longer to be called than to be done
 
 
 def layers_at_once(layer: Tensor, at_most: int) -> int:
-    """How many layers like this one `[B, T, D]` to work on together."""
+    """How many layers like this one `[B, T, D]` to read together, for one operation each."""
     size = max(1, layer.numel())
     if launches_cost(layer.device):
         return max(1, min(at_most, _launched_on() // size))
-    at_once = _AT_ONCE_ON_CPU // size
-    return min(at_most, at_once) if at_once >= _FEWEST_ON_CPU else 1
+    return max(1, min(at_most, _AT_ONCE_ON_CPU // size)) if size <= _SMALL_ON_CPU else 1
 
 
 def _launched_on() -> int:
@@ -189,23 +196,22 @@ def _launched_on() -> int:
 
 
 def tile_size(layer_size: int, device: torch.device) -> int:
-    """Numbers at most in a tile of similarities, of one layer of so many numbers or of some: a quarter of theirs.
-
-    Or, where operations are launched, half of what is taken together, if that is more.
-    """
-    return max(layer_size // 4, _launched_on() // 2 if launches_cost(device) else 0)
+    """Numbers at most in a tile of similarities, of one layer of so many numbers or of some."""
+    if launches_cost(device):  # half of what is taken together, if that is more than a quarter of a layer
+        return max(layer_size // 4, _launched_on() // 2)
+    return max(layer_size // 2, _TILE_ON_CPU)
 
 
 def gathered_size(rows: Tensor) -> int:
     """Numbers at most in what is gathered from some layers `[l, N, D]`, a row perhaps many times: as many as theirs."""
-    return max(rows.numel(), _launched_on() if launches_cost(rows.device) else 0)
+    return max(rows.numel(), _launched_on() if launches_cost(rows.device) else _TILE_ON_CPU)
 
 
-def runs(layers: Iterable[int], at_once: int) -> Iterator[range]:
-    """Ascending layers in runs of neighbours."""
+def runs(layers: Iterable[int], at_once: int, bounds: Collection[int] = ()) -> Iterator[range]:
+    """Ascending layers in runs of neighbours, none of which goes on beyond a bound, where another begins."""
     run = range(0)
     for layer in layers:
-        if run and (layer != run.stop or len(run) == at_once):
+        if run and (layer != run.stop or len(run) == at_once or layer in bounds):
             yield run
             run = range(0)
         run = range(run.start if run else layer, layer + 1)
@@ -219,6 +225,16 @@ def common(some: range, others: range) -> range:
     return range(start, max(start, min(some.stop, others.stop)))
 
 
+def at(tensor: Tensor, place: slice) -> Tensor:
+    """Some of its layers `[L, ...]`; itself for all of them, which spares a view."""
+    return tensor if place.start == 0 and place.stop == tensor.shape[0] else tensor[place]
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    """Of some layers after others, one after the other; one part as it is."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def places(some: range, others: range) -> slice:
     """Where among the others some of them are."""
     return slice(some.start - others.start, some.stop - others.start)
@@ -229,9 +245,9 @@ def norms(rows: Tensor) -> Tensor:
     return torch.linalg.vector_norm(rows, dim=-1, dtype=compute_dtype(rows.dtype))  # type: ignore[no-any-return]
 
 
-def inverse_norms(norm: Tensor, out: Tensor | None = None) -> Tensor:
+def inverse_norms(norm: Tensor) -> Tensor:
     """`1/|h|`, and 0 for a vector of no length, which so has similarity 0 and gradient 0."""
-    return torch.reciprocal(norm, out=out).masked_fill_(norm <= ZERO_NORM, 0.0)
+    return torch.nn.functional.threshold(norm, ZERO_NORM, math.inf).reciprocal_()
 
 
 def inverse(temperature: Tensor | float, dtype: torch.dtype) -> Tensor | float:
@@ -239,14 +255,31 @@ def inverse(temperature: Tensor | float, dtype: torch.dtype) -> Tensor | float:
     return temperature.to(dtype).reciprocal() if isinstance(temperature, Tensor) else 1.0 / temperature
 
 
-def products(left: Tensor, right: Tensor) -> Tensor:
+_ROWS = 12
+_FEW_ROWS = 64
+_SHORT = 128
+"""MKL multiplies up to a dozen rows with the rows of a short matrix several times as fast as it does fifteen to fifty,
+for which it rearranges that matrix first."""
+
+
+def products(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     """The products of rows `[n, p, D]` with rows `[n, q, D]` as `[n, p, q]` in the compute dtype.
 
     Those of halves are exact in fp32, which is what tensor cores add them up in.
     """
     dtype = compute_dtype(left.dtype)
-    right = right.transpose(1, 2)
-    return torch.bmm(left, right) if left.dtype == dtype else torch.bmm(left, right, out_dtype=dtype)
+    p, q = left.shape[1], right.shape[1]
+    right = right.mT
+    if left.dtype != dtype:
+        multiplied = torch.bmm(left, right, out_dtype=dtype)
+        return multiplied if out is None else out.copy_(multiplied)
+    if launches_cost(left.device) or not (_ROWS < p <= _FEW_ROWS and q <= _SHORT):
+        return torch.bmm(left, right, out=out)
+    out = left.new_empty(len(left), p, q) if out is None else out
+    num_pieces = -(-p // _ROWS)
+    for some, to in zip(left.tensor_split(num_pieces, 1), out.tensor_split(num_pieces, 1), strict=True):
+        torch.bmm(some, right, out=to)
+    return out
 
 
 def log_sum_exp_(x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -263,30 +296,23 @@ def softplus(x: Tensor) -> Tensor:
     return torch.nn.functional.softplus(x, threshold=50.0)  # from where on it is x
 
 
-def summands(out: Tensor, index: Tensor) -> Tensor:
-    """What rows `[l, n, D]` can be added to that are meant for those of `out` `[l, N, D]` at `index` `[n]`.
+def add_rows(out: Tensor, index: Tensor, rows: Tensor) -> None:
+    """Add rows `[l, n, ...]` to those of `out` `[l, N, ...]` at `index` `[n]`, in which none comes twice.
 
-    `index` has no repetition, so that where `index_add_` would use atomics, rows are read, added to, and written back.
+    So where `index_add_` would use atomics, rows are read, added to, and written back.
     """
     if launches_cost(out.device):
-        return out.index_select(1, index)
-    return out.new_zeros(len(out), len(index), out.shape[-1])
-
-
-def put_sums(out: Tensor, index: Tensor, sums: Tensor) -> None:
-    """Give back what `summands` gave, added to."""
-    if launches_cost(out.device):
-        out.index_copy_(1, index, sums)
+        out.index_copy_(1, index, out.index_select(1, index).add_(rows))
     else:
-        out.index_add_(1, index, sums)
+        out.index_add_(1, index, rows)
 
 
 def add_products(out: Tensor, index: Tensor, left: Tensor, right: Tensor) -> None:
     """Add `left @ right`, of `[n, p, q]` and `[n, q, D]`, to the rows of `out` `[l, N, D]` at `index`, as above."""
     if launches_cost(out.device):
-        sums = summands(out, index)
+        sums = out.index_select(1, index)
         sums.view(len(left), -1, sums.shape[-1]).baddbmm_(left, right)
-        put_sums(out, index, sums)
+        out.index_copy_(1, index, sums)
     else:
         out.index_add_(1, index, torch.bmm(left, right).view(len(out), -1, out.shape[-1]))
 

@@ -9,9 +9,13 @@ negatives, with `match_negatives` added) and `sigma_ij = sigmoid(z_i - s_ij)`,
 
     d loss/d h_i = sum_j (W_ij + W_ji) r_i r_j h_j / tau - r_i^2 h_i sum_j (W_ij + W_ji) s_ij
 
-(the dot product has r = 1 and no second term). `W` exists a tile at a time: some anchors of every group against all
-their keys, of one layer, or of some layers at once whose tiles are small. The positives of an anchor are the slots
-right after its own, so that they are a narrow band of the tile, as wide as the longest word.
+(the dot product has r = 1 and no second term). `s` and `W` exist a tile at a time: the anchors of every group against
+all their keys, of as many layers as fit; or some of the anchors, of one layer. What is done to a tile is done to all
+its layers at once, what is done to hidden states part by part. The positives of an anchor are the slots right after its
+own, so that they are a narrow band of the tile, as wide as the longest word.
+
+Of few keys the whole matrix `W + W'` is made, its diagonal holding the second term: one product then gives the
+gradient. Of many keys W is applied to the keys, and its transpose to the anchors.
 """
 
 from __future__ import annotations
@@ -25,22 +29,47 @@ from torch import Tensor
 
 from carma_kernels.eager.layers import (
     add_products,
+    add_rows,
+    at,
     compute_dtype,
-    log_sum_exp_,
+    launches_cost,
     products,
-    put_sums,
     softplus,
-    summands,
     tile_size,
 )
 from carma_kernels.spans import NO_WORD, ContrastTable
 
+_FEW_KEYS = 96
+"""On a CPU, up to so many, multiplying with every key costs less than gathering the anchors and adding to their
+gradients."""
 
-class AnchorState(NamedTuple):
-    """What the backward needs of the forward, for each anchor of some layers, `[l, S, A]`."""
 
-    log_negatives: Tensor  # z_i
-    pull: Tensor  # sum of sigma_ij over the anchor's positives
+class Comparisons(NamedTuple):
+    """A contrast table as it is worked with: of S groups, A anchors against V keys."""
+
+    key_token: Tensor  # [S, V] int32, as in `ContrastTable`
+    key_word: Tensor  # [S, V] int32
+    anchor_word: Tensor  # [S, A] int32
+    anchor_key: Tensor  # [S, A] int64, the anchor among the S*V keys
+    positive_slot: Tensor  # [S, A, M] int64, among the group's keys; the anchor's own where it has fewer positives
+    is_positive: Tensor  # [S, A, M] fp32, 1 or 0
+
+    @classmethod
+    def of(cls, table: ContrastTable) -> Comparisons:
+        """Work out where everything lies, once for the forward and the backward."""
+        S, V = table.key_token.shape
+        slot = table.anchor_slot.long()  # [S, A]
+        first_key = V * torch.arange(S, device=slot.device)[:, None]  # [S, 1]
+        is_positive = table.distance <= table.num_positives[:, :, None]  # [S, A, M]
+        positive_slot = slot[:, :, None] + table.distance * is_positive
+        return cls(
+            table.key_token, table.key_word, table.anchor_word, slot + first_key, positive_slot, is_positive.float()
+        )
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """S, V and A."""
+        return (*self.key_token.shape, self.anchor_word.shape[1])
 
 
 class _Tile(NamedTuple):
@@ -48,200 +77,306 @@ class _Tile(NamedTuple):
 
     anchors: slice
     anchor_key: Tensor  # [S*a] the anchor among the S*V keys
-    anchor_slot: Tensor  # [S, a, 1] among the group's keys
-    is_none: Tensor  # [S, a, V] no negative: of the anchor's word, or no key
+    bias: Tensor  # [S, a, V] 0 for a negative; for a token of the anchor's word or no key so low that nothing is left
     positive_slot: Tensor  # [S, a, M] the anchor's own where it has fewer positives
-    no_positive: Tensor  # [S, a, M]
+    is_positive: Tensor  # [S, a, M] 1 or 0
     matched: Tensor | None  # [S, a, 1] what match_negatives adds to z
 
 
 class ContrastiveMI:
-    """The MI term of some layers after others, for one contrast table."""
+    """The MI term against all negatives."""
 
-    def __init__(self, table: ContrastTable, cosine: bool, match_negatives: float | None) -> None:
-        """Take a table; what is compared with what is worked out when it is first needed."""
-        self._table = table
-        self._cosine = cosine
+    def __init__(self, table: Comparisons, covers_batch: bool, cosine: bool, match_negatives: float | None) -> None:
+        """Take a table, and whether its keys are the rows of the layers as they lie."""
+        self.table = table
+        self.covers_batch = covers_batch
+        self.cosine = cosine
+        self.sizes = table.sizes
+        self.has_few_keys = self.sizes[1] <= _FEW_KEYS and not launches_cost(table.key_token.device)
         self._match_negatives = match_negatives
         self._whole: _Tile | None = None
         self._key_rows: Tensor | None = None
 
     def layers_at_once(self, layer: Tensor) -> int:
-        """How many layers like this one `[B, T, D]` to take together: their tiles no larger than one may be."""
-        S, V = self._table.key_token.shape
-        A = self._table.anchor_slot.shape[1]
-        return max(1, tile_size(layer.numel(), layer.device) // max(1, S * A * V))
+        """How many layers like this one `[B, T, D]` a tile may be of."""
+        S, V, A = self.sizes
+        of_layer = S * V * (V if self.has_few_keys else A)
+        at_once: int = tile_size(layer.numel(), layer.device) // max(1, of_layer)
+        return max(1, at_once)
 
-    def forward(
-        self, rows: Tensor, inverse_norm: Tensor, inverse_temperature: Tensor | float, _first: int, state: AnchorState
-    ) -> Tensor:
-        """Sums `[l]` of the pairs' losses over each of some layers, whichever they are.
+    def run(
+        self, layer: Tensor, places: slice, inverse_temperature: Tensor | float, kept: Tensor | None
+    ) -> ContrastRun:
+        """Of the layers at some places in the term, like this one `[B, T, D]`.
 
-        Args:
-            rows: `[l, N, D]`, the layers; only rows of groups that have an anchor are read.
-            inverse_norm: `[l, N]`.
-            inverse_temperature: a number, or 0-d.
-            state: overwritten with what `backward` needs.
+        `kept` `[l, S, A, V]` is where the forward leaves the similarities for the backward; None if it does not.
         """
-        keys, key_scale = self._keys(rows, inverse_norm)
-        losses = []
-        for tile in self._tiles(rows):
-            anchors, anchor_scale = self._anchors(tile, keys, key_scale)
-            score = self._scores(anchors, keys, anchor_scale, key_scale, inverse_temperature)  # [l, S, a, V]
-            positive = self._positives(score, tile)
-            z = log_sum_exp_(score.masked_fill_(tile.is_none, -math.inf), out=state.log_negatives[:, :, tile.anchors])
-            gap = self._gap(z, positive, tile)  # [l, S, a, M]
-            losses.append(softplus(gap).sum((1, 2, 3)))
-            torch.sum(gap.sigmoid_(), -1, out=state.pull[:, :, tile.anchors])
-        return sum(losses[1:], losses[0])
+        return ContrastRun(self, layer, places.stop - places.start, inverse_temperature, kept)
 
-    def backward(
-        self,
-        rows: Tensor,
-        inverse_norm: Tensor,
-        inverse_temperature: Tensor | float,
-        _first: int,
-        state: AnchorState,
-        grad: Tensor,
-        out: Tensor,
-        needs_work: bool,
-    ) -> Tensor | None:
-        """Add the layers' gradients to `out` `[l, N, D]`; return `sum W_ij s_ij`: the temperature's follows.
+    def keys(self, rows: Tensor) -> Tensor:
+        """`[l, S*V, D]` of `[l, N, D]`, a padding key being its group's first."""
+        return rows if self.covers_batch else rows.index_select(1, self._rows_of_keys())
 
-        Args:
-            rows, inverse_norm, inverse_temperature, state: as in `forward`.
-            grad: `[l]`, the gradient of the loss with respect to `forward`'s sums.
-            out: in the compute dtype.
-            needs_work: return it.
-        """
-        keys, key_scale = self._keys(rows, inverse_norm)  # [l, S*V, D], [l, S, 1, V]
-        l, S, _, V = key_scale.shape  # noqa: E741
-        # the weights are fp32, and so is all that they are multiplied with
-        wide_keys = keys.to(out.dtype)
-        key_token = None if self._table.covers_batch else self._table.key_token.view(-1).long()
-        key_grad = out if key_token is None else summands(out, key_token)  # [l, S*V, D]
-        key_projection: Tensor | None = None  # [l, S, V], sum over anchors i of W_ij s_ij
-        totals = []
-        grad = grad[:, None, None, None]
-        for tile in self._tiles(rows):
-            anchors, anchor_scale = self._anchors(tile, keys, key_scale)
-            score = self._scores(anchors, keys, anchor_scale, key_scale, inverse_temperature)
-            z = state.log_negatives[:, :, tile.anchors]  # [l, S, a]
-            pull = state.pull[:, :, tile.anchors, None] * grad  # [l, S, a, 1]
-            # similarities are subtracted from each other before anything else: dot products may be in the thousands
-            push = self._gap(z, self._positives(score, tile), tile).sigmoid_().mul_(-grad)  # [l, S, a, M]
-            weight = (score - z[..., None]).exp_().masked_fill_(tile.is_none, 0.0)  # [l, S, a, V]
-            weight *= pull
-            weight.scatter_(-1, tile.positive_slot.expand(push.shape), push)  # 0 at the anchor's own slot
-            work = score.mul_(weight)  # W_ij s_ij
-            anchor_projection = work.sum(-1, keepdim=True)  # [l, S, a, 1]
-            if needs_work:
-                totals.append(anchor_projection.sum())
-            projection = work.sum(2)
-            key_projection = projection if key_projection is None else key_projection + projection
-            if self._cosine:
-                weight *= anchor_scale * inverse_temperature
-                weight *= key_scale
-                # the second term, at the anchor's own slot, whose weight is 0: half for either of its two products
-                own = anchor_projection.mul_(anchor_scale.square_()).mul_(-0.5)
-                weight.scatter_(-1, tile.anchor_slot.expand(own.shape), own)
-            else:
-                weight *= inverse_temperature
-            of_groups = weight.flatten(0, 1)  # [l*S, a, V]
-            anchors = anchors.to(out.dtype)
-            _groups(key_grad, S).baddbmm_(of_groups.transpose(1, 2), _groups(anchors, S))
-            del anchors  # for the room that their gradients take
-            add_products(key_grad, tile.anchor_key, of_groups, _groups(wide_keys, S))
-        if self._cosine:
-            assert key_projection is not None
-            own = (key_projection * key_scale[:, :, 0].square()).view(l, S * V, 1)
-            key_grad.addcmul_(wide_keys, own, value=-1)
-        if key_token is not None:
-            put_sums(out, key_token, key_grad)
-        return sum(totals[1:], totals[0]) if totals else None
+    def key_scale(self, inverse_norm: Tensor) -> Tensor:
+        """`[l, S, 1, V]` of `[l, N]`."""
+        if not self.covers_batch:
+            inverse_norm = inverse_norm.index_select(1, self._rows_of_keys())
+        S, V, _ = self.sizes
+        return inverse_norm.view(-1, S, 1, V)
 
-    def _keys(self, rows: Tensor, inverse_norm: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys `[l, S*V, D]`, a padding key being its group's first, and their inverse norms `[l, S, 1, V]`."""
-        table = self._table
-        S, V = table.key_token.shape
-        if table.covers_batch:
-            return rows, inverse_norm.view(-1, S, 1, V)
+    def _rows_of_keys(self) -> Tensor:
         if self._key_rows is None:
+            table = self.table
             is_key = table.key_word != NO_WORD
             self._key_rows = torch.where(is_key, table.key_token, table.key_token[:, :1]).view(-1)
-        scale = inverse_norm.index_select(1, self._key_rows).view(-1, S, 1, V)
-        return rows.index_select(1, self._key_rows), scale
+        return self._key_rows
 
-    @staticmethod
-    def _anchors(tile: _Tile, keys: Tensor, key_scale: Tensor) -> tuple[Tensor, Tensor]:
-        """The tile's anchors `[l, S*a, D]`, and their inverse norms `[l, S, a, 1]`."""
-        scale = key_scale.flatten(1).index_select(1, tile.anchor_key)
-        return keys.index_select(1, tile.anchor_key), scale.view(*key_scale.shape[:2], -1, 1)
+    def anchors_at_once(self, layer: Tensor) -> int:
+        """How many anchors of a group a tile may hold, of one layer `[B, T, D]`."""
+        S, V, A = self.sizes
+        at_once: int = tile_size(layer.numel(), layer.device) // max(1, S * V)
+        return min(A, max(1, at_once))
 
-    def _scores(
-        self,
-        anchors: Tensor,
-        keys: Tensor,
-        anchor_scale: Tensor,
-        key_scale: Tensor,
-        inverse_temperature: Tensor | float,
-    ) -> Tensor:
-        """`s_ij` `[l, S, a, V]`."""
-        l, S, _, V = key_scale.shape  # noqa: E741
-        score = products(_groups(anchors, S), _groups(keys, S)).view(l, S, -1, V)
-        if not self._cosine:
-            return score.mul_(inverse_temperature)
-        return score.mul_(anchor_scale * inverse_temperature).mul_(key_scale)
-
-    @staticmethod
-    def _positives(score: Tensor, tile: _Tile) -> Tensor:
-        """Of the `s_ij` of a tile those of the positives, `[l, S, a, M]`."""
-        return score.gather(-1, tile.positive_slot.expand(len(score), -1, -1, -1))
-
-    @staticmethod
-    def _gap(z: Tensor, positive: Tensor, tile: _Tile) -> Tensor:
-        """`z_i - s_ij` of the positives, z matched if that was asked for; -inf where there is none; `[l, S, a, M]`."""
-        z = z[..., None] if tile.matched is None else z[..., None] + tile.matched
-        return (z - positive).masked_fill_(tile.no_positive, -math.inf)
-
-    def _tiles(self, rows: Tensor) -> Iterator[_Tile]:
+    def tiles(self, layer: Tensor) -> Iterator[_Tile]:
         """The anchors in pieces; if one holds all, it serves all layers."""
-        S, V = self._table.key_token.shape
-        A = self._table.anchor_slot.shape[1]
-        step = max(1, tile_size(rows[0].numel(), rows.device) // max(1, S * V))
-        if step >= A:
-            self._whole = self._whole or self._tile(slice(0, A), rows)
+        A, step = self.sizes[2], self.anchors_at_once(layer)
+        if step == A:
+            self._whole = self._whole or self._tile(slice(0, A), layer.dtype)
             yield self._whole
         else:
             for start in range(0, A, step):
-                yield self._tile(slice(start, min(start + step, A)), rows)
+                yield self._tile(slice(start, min(start + step, A)), layer.dtype)
 
-    def _tile(self, anchors: slice, rows: Tensor) -> _Tile:
-        table = self._table
-        S, V = table.key_word.shape
-        slot = table.anchor_slot[:, anchors, None].long()  # [S, a, 1]
+    def _tile(self, anchors: slice, dtype: torch.dtype) -> _Tile:
+        table, dtype = self.table, compute_dtype(dtype)
         key_word = table.key_word[:, None]  # [S, 1, V]
         is_none = table.anchor_word[:, anchors, None] == key_word  # [S, a, V]
-        if not table.covers_batch:
+        if not self.covers_batch:
             is_none |= key_word == NO_WORD
-        no_positive = table.distance > table.num_positives[:, anchors, None]  # [S, a, M]
-        first_key = torch.arange(0, S * V, V, device=slot.device)[:, None]  # [S, 1]
         return _Tile(
             anchors,
-            (slot[:, :, 0] + first_key).view(-1),
-            slot,
-            is_none,
-            slot + table.distance.masked_fill(no_positive, 0),
-            no_positive,
-            self._matched(is_none, compute_dtype(rows.dtype)),
+            table.anchor_key[:, anchors].reshape(-1),
+            is_none.to(dtype).mul_(torch.finfo(dtype).min / 4),
+            table.positive_slot[:, anchors],
+            table.is_positive[:, anchors].to(dtype),
+            self._matched(is_none, dtype),
         )
 
     def _matched(self, is_none: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """`log(k / number of negatives)`; without negatives z stays the logarithm of nothing."""
+        """`log(k / number of negatives)`; without negatives z stays next to the logarithm of nothing."""
         if self._match_negatives is None:
             return None
         number = is_none.shape[-1] - is_none.sum(-1, keepdim=True, dtype=dtype)  # [S, a, 1]
         return math.log(self._match_negatives) - number.clamp_min_(1).log_()
+
+
+class ContrastRun:
+    """The term of l layers after others: `add` their rows part by part, then ask for the losses or the gradients."""
+
+    def __init__(
+        self,
+        term: ContrastiveMI,
+        layer: Tensor,
+        num_layers: int,
+        inverse_temperature: Tensor | float,
+        kept: Tensor | None,
+    ) -> None:
+        """Take what `ContrastiveMI.run` knows."""
+        self._term, self._layer, self._num_layers, self._kept = term, layer, num_layers, kept
+        self._inverse_temperature = inverse_temperature
+        self._one_tile = term.anchors_at_once(layer) == term.sizes[2]
+        self._both_ways = self._one_tile and term.has_few_keys
+        self._rows: Tensor | None = None  # [1, N, D] of a layer whose anchors come in pieces
+        self._scores: Tensor | None = None  # [l, S, A, V], products until they are scaled
+        self.covers = term.covers_batch
+        """Every row of the layers is a key, so that `write_gradient` can be used."""
+
+    def add(self, place: slice, rows: Tensor) -> None:
+        """Multiply the layers at `place` among the run's, `[m, N, D]`; all of them have to be added, in any order."""
+        if not self._one_tile:
+            self._rows = rows
+            return
+        (tile,) = self._term.tiles(self._layer)
+        if self._scores is None:
+            self._scores = self._kept
+            if self._scores is None and len(rows) < self._num_layers:
+                S, V, A = self._term.sizes
+                self._scores = rows.new_empty((self._num_layers, S, A, V), dtype=compute_dtype(rows.dtype))
+        out = None if self._scores is None else at(self._scores, place)
+        multiplied = self._multiply(self._term.keys(rows), tile, out)
+        if self._scores is None:
+            self._scores = multiplied
+
+    def forward(self, inverse_norm: Tensor) -> tuple[Tensor, Tensor]:
+        """`z_i` `[l, S, A]`, and sums `[l]` of the pairs' losses over each layer, whose inverse norms are `[l, N]`."""
+        key_scale = self._term.key_scale(inverse_norm)
+        log_negatives, losses = [], []
+        for tile in self._term.tiles(self._layer):
+            score = self._score(tile, key_scale)
+            positive = self._positives(score, tile)
+            biased = score.add_(tile.bias) if self._kept is None else score + tile.bias
+            top = biased.amax(-1)
+            share = biased.softmax(-1).amax(-1)  # of the largest in exp(z)
+            z = top.sub_(share.log_())
+            log_negatives.append(z)
+            losses.append(softplus(self._gap(z, positive, tile)).mul_(tile.is_positive).sum((1, 2, 3)))
+        return torch.cat(log_negatives, 2) if len(losses) > 1 else log_negatives[0], sum(losses[1:], losses[0])
+
+    def weigh(
+        self, inverse_norm: Tensor, log_negatives: Tensor, grad: Tensor, needs_work: bool, own: Tensor | None
+    ) -> None:
+        """Make ready for the gradients.
+
+        Args:
+            inverse_norm: `[l, N]`.
+            log_negatives: `[l, S, A]`.
+            grad: `[l]`, the gradient of the loss with respect to `forward`'s sums.
+            needs_work: `work` will be asked for.
+            own: `[l, 1, 1]` what of every key is added to its gradient, None for nothing.
+        """
+        self._key_scale = self._term.key_scale(inverse_norm)  # [l, S, 1, V]
+        self._log_negatives = log_negatives
+        self._grad = grad[:, None, None, None]
+        self._works: list[Tensor] | None = [] if needs_work else None
+        self._own = own
+        self._projection: Tensor | None = None  # [l, S*V] sum of W_ij s_ij over all that a key is compared with
+        self._weights: Tensor | None = None  # [l, S, A, V], or [l, S, V, V] of few keys
+        if self._one_tile:
+            (tile,) = self._term.tiles(self._layer)
+            weight = self._weight(tile)
+            self._weights = self._whole_matrix(weight, tile) if self._both_ways else self._scaled(weight, tile)
+
+    @property
+    def work(self) -> Tensor | None:
+        """`sum W_ij s_ij`, once all gradients are written: the temperature's follows."""
+        return sum(self._works[1:], self._works[0]) if self._works else None
+
+    def write_gradient(self, place: slice, keys: Tensor, out: Tensor, *, adds: bool = False) -> None:
+        """Write the gradients of the layers at `place` among the run's, or add them; keys and `out` `[m, S*V, D]`."""
+        S, _, _ = self._term.sizes
+        keys_in_groups, out_in_groups = _groups(keys.to(out.dtype), S), _groups(out, S)  # [m*S, V, D]
+        if self._both_ways:
+            assert self._weights is not None
+            _multiply_into(out_in_groups, at(self._weights, place).flatten(0, 1), keys_in_groups, adds)
+            return
+        for number, tile in enumerate(self._term.tiles(self._layer)):
+            anchors = keys.index_select(1, tile.anchor_key)  # [m, S*a, D]
+            if self._one_tile:
+                assert self._weights is not None
+                weight = at(self._weights, place)
+            else:
+                self._scores = self._multiply(keys, tile, None, anchors)
+                weight = self._scaled(self._weight(tile), tile)
+            of_groups = weight.flatten(0, 1)  # [m*S, a, V]
+            _multiply_into(out_in_groups, of_groups.mT, _groups(anchors.to(out.dtype), S), adds or number > 0)
+            del anchors  # for the room that their gradients take
+            add_products(out, tile.anchor_key, of_groups, keys_in_groups)
+        coefficient = self._coefficient()
+        if coefficient is not None:
+            out.addcmul_(keys.to(out.dtype), at(coefficient, place)[..., None])
+
+    def add_gradient(self, place: slice, rows: Tensor, out: Tensor) -> None:
+        """Add the gradients of the layers at `place` among the run's to `out`; both `[m, N, D]`."""
+        keys = self._term.keys(rows)
+        if self.covers:
+            self.write_gradient(place, keys, out, adds=True)
+            return
+        token = self._term.table.key_token.view(-1).long()  # no row comes twice
+        if launches_cost(out.device):  # where `index_add_` would use atomics
+            sums = out.index_select(1, token)
+            self.write_gradient(place, keys, sums, adds=True)
+            out.index_copy_(1, token, sums)
+        else:
+            gradient = torch.empty(keys.shape, dtype=out.dtype, device=out.device)
+            self.write_gradient(place, keys, gradient)
+            out.index_add_(1, token, gradient)
+
+    def _multiply(self, keys: Tensor, tile: _Tile, out: Tensor | None, anchors: Tensor | None = None) -> Tensor:
+        """The products `[m, S, a, V]` of the tile's anchors with the keys `[m, S*V, D]`."""
+        S, V, _ = self._term.sizes
+        if anchors is None:
+            anchors = keys.index_select(1, tile.anchor_key)  # [m, S*a, D]
+        out = None if out is None else out.flatten(0, 1)
+        return products(_groups(anchors, S), _groups(keys, S), out).view(len(keys), S, -1, V)
+
+    def _score(self, tile: _Tile, key_scale: Tensor) -> Tensor:
+        """`s_ij` `[l, S, a, V]`."""
+        if not self._one_tile:
+            assert self._rows is not None
+            self._scores = self._multiply(self._term.keys(self._rows), tile, None)
+        assert self._scores is not None
+        self._key_scale = key_scale
+        return self._scaled(self._scores, tile)
+
+    def _scaled(self, weight: Tensor, tile: _Tile) -> Tensor:
+        """In place: times `r_i r_j / tau`."""
+        if not self._term.cosine:
+            return weight.mul_(self._inverse_temperature)
+        key_scale = self._key_scale
+        anchor_scale = key_scale.flatten(1).index_select(1, tile.anchor_key).mul_(self._inverse_temperature)
+        return weight.mul_(anchor_scale.view(*key_scale.shape[:2], -1, 1)).mul_(key_scale)
+
+    @staticmethod
+    def _positives(score: Tensor, tile: _Tile) -> Tensor:
+        """Of the `s_ij` of a tile those of the positives, `[m, S, a, M]`."""
+        return score.gather(-1, tile.positive_slot.expand(len(score), -1, -1, -1))
+
+    @staticmethod
+    def _gap(z: Tensor, positive: Tensor, tile: _Tile) -> Tensor:
+        """`z_i - s_ij` of the positives, z matched if that was asked for; `[m, S, a, M]`."""
+        return (z[..., None] if tile.matched is None else z[..., None] + tile.matched) - positive
+
+    def _weight(self, tile: _Tile) -> Tensor:
+        """`W_ij` `[l, S, a, V]`; adds up the projections and the work."""
+        score = self._scaled(self._scores, tile) if self._kept is None else self._kept  # type: ignore[arg-type]
+        # similarities are subtracted from each other before anything else: dot products may be in the thousands
+        gap = self._gap(self._log_negatives[:, :, tile.anchors], self._positives(score, tile), tile)
+        push = gap.sigmoid_().mul_(tile.is_positive).mul_(self._grad)  # [l, S, a, M]
+        weight = (score + tile.bias).softmax(-1).mul_(push.sum(-1, keepdim=True))
+        weight.scatter_(-1, tile.positive_slot.expand(push.shape), push.neg_())  # 0 at the anchor's own slot
+        if self._works is not None or self._term.cosine:
+            work = torch.mul(score, weight, out=self._scores)  # W_ij s_ij
+            of_anchors = work.sum(-1)  # [l, S, a]
+            if self._works is not None:
+                self._works.append(of_anchors.sum())
+            if self._term.cosine:
+                projection = work.sum(2).flatten(1)  # [l, S*V]
+                add_rows(projection, tile.anchor_key, of_anchors.flatten(1))
+                self._projection = projection if self._projection is None else self._projection + projection
+        self._scores = None
+        return weight
+
+    def _coefficient(self) -> Tensor | None:
+        """`[l, S*V]` of each key itself in its own gradient; `[l, 1]` if it is the same for all; None for nothing."""
+        own = None if self._own is None else self._own[..., 0]  # [l, 1]
+        if self._projection is None:
+            return own
+        square = self._key_scale.flatten(1).square()
+        if own is None:
+            return square.mul_(self._projection).neg_()
+        return torch.addcmul(own, self._projection, square, value=-1)
+
+    def _whole_matrix(self, weight: Tensor, tile: _Tile) -> Tensor:
+        """`[l, S, V, V]`: of every key in every key's gradient."""
+        S, V, _ = self._term.sizes
+        rows = weight.new_zeros(len(weight), S * V, V)
+        rows.index_copy_(1, tile.anchor_key, weight.flatten(1, 2))
+        rows = rows.view(-1, S, V, V)
+        both = (rows + rows.mT).mul_(self._inverse_temperature)
+        if self._term.cosine:
+            both.mul_(self._key_scale.mT).mul_(self._key_scale)
+        coefficient = self._coefficient()
+        if coefficient is not None:
+            both.diagonal(dim1=2, dim2=3).add_(coefficient.unflatten(1, (S, -1)))
+        return both
+
+
+def _multiply_into(out: Tensor, left: Tensor, right: Tensor, adds: bool) -> None:
+    """`left @ right` to `out`, or added to it."""
+    if adds:
+        out.baddbmm_(left, right)
+    else:
+        torch.bmm(left, right, out=out)
 
 
 def _groups(rows: Tensor, S: int) -> Tensor:

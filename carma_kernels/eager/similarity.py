@@ -79,7 +79,7 @@ def _forward(problem: _Problem) -> tuple[Tensor]:
         rows = LayerRows(problem.hidden)
         scale = problem.inverse_temperature
         for run in runs(layers, _at_once(problem)):
-            here, _ = rows.read(run, range(0))
+            here = rows.rows(run, range(0))
             score, *_ = _scores(here.unflatten(1, (B, T)), problem.cosine, problem.invalid, scale)
             out[places(run, layers)].copy_(score)
     return (out,)
@@ -113,7 +113,7 @@ def _backward(
         rows = LayerRows(problem.hidden)
         scale = problem.inverse_temperature
         for run in runs([layer for layer in layers if layer in receivers or needs_work], _at_once(problem)):
-            here, _ = rows.read(run, range(0))
+            here = rows.rows(run, range(0))
             score, side, valid = _scores(here.unflatten(1, (B, T)), problem.cosine, problem.invalid, scale)
             arriving = grad[places(run, layers)].to(dtype)  # [l, B, T, T]
             if problem.invalid is not None:  # zeroed, not multiplied: what arrives for masked entries may be anything

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from carma_kernels.eager.layers import Steps, common, places
+from carma_kernels.eager.layers import Steps, at, common, places
 
 
 def sums_of_squares(norm: Tensor, invalid: Tensor | None) -> Tensor:
@@ -31,22 +31,18 @@ def stability(
     size: int,
     width: int,
     eps: float,
-    out: tuple[Tensor, Tensor],
-) -> None:
-    """Write `r_l` and `k_l`, `[L-1]` each, from the sums over each layer and step.
+) -> tuple[Tensor, Tensor]:
+    """`r_l` and `k_l`, `[L-1]` each, from the sums over each layer and step.
 
     Args:
         energy, change: sums of squares, `[L]` and `[L-1]`.
         valid: `[N]` rows in the sums, None for all.
         size, width: elements of a layer, and of a row.
         eps: added to the denominator.
-        out: where `r_l` and `k_l` go.
     """
     count: Tensor | int = max(size, 1) if valid is None else (valid.sum() * width).clamp_min(1)
-    denominator = (energy[:-1] + energy[1:]) / count + eps  # [L-1]
-    loss, scale = out
-    loss.copy_(change / count / denominator)
-    scale.copy_(2 / (count * denominator))
+    total = (energy[:-1] + energy[1:]).add_(count * eps)  # [L-1]
+    return change / total, 2 / total
 
 
 class Stencil:
@@ -58,26 +54,34 @@ class Stencil:
         self._step = (scale * grad)[:, None, None]  # [L-1, 1, 1], k_l
         pull = self._step * loss[:, None, None]
         self._own = pull.new_zeros(len(layers), 1, 1)  # -(k_{l-1} r_{l-1} + k_l r_l)
-        self._own[1:] -= pull
-        self._own[:-1] -= pull
+        self._own[1:].sub_(pull)
+        self._own[:-1].sub_(pull)
 
-    def write(self, layers: range, rows: Tensor, steps: list[Steps], invalid: Tensor | None, out: Tensor) -> None:
+    def own(self, layers: range) -> Tensor:
+        """`[l, 1, 1]`: what of each of some layers itself is in its gradient."""
+        return at(self._own, places(layers, self._layers))
+
+    def write(self, layers: range, rows: Tensor, changes: list[Steps], invalid: Tensor | None, out: Tensor) -> None:
         """Write the gradients of some layers to `out` `[l, N, D]`.
 
         Args:
             layers: which.
             rows: these layers, `[l, N, D]`.
-            steps: all that lead from one of them or to one.
+            changes: all that lead from one of them or to one.
             invalid: `[N, 1]` rows that get a zero, whatever they hold.
             out: overwritten.
         """
-        torch.mul(rows, self._own[places(layers, self._layers)], out=out)
-        for some, change in steps:
-            weight = self._step[places(some, self._layers)]  # [m, 1, 1]
+        torch.mul(rows, self.own(layers), out=out)
+        self.add_changes(layers, changes, out)
+        if invalid is not None:
+            out.masked_fill_(invalid, 0.0)
+
+    def add_changes(self, layers: range, changes: list[Steps], out: Tensor) -> None:
+        """Of the gradients of some layers, to `out` `[l, N, D]`, what is not the layer `own`."""
+        for some, change in changes:
+            weight = at(self._step, places(some, self._layers))  # [m, 1, 1]
             for ahead, sign in ((1, 1), (0, -1)):  # the layers that the steps lead to, and those that they start from
                 reached = common(layers, range(some.start + ahead, some.stop + ahead))
                 if reached:
                     there = places(range(reached.start - ahead, reached.stop - ahead), some)
-                    out[places(reached, layers)].addcmul_(change[there], weight[there], value=sign)
-        if invalid is not None:
-            out.masked_fill_(invalid, 0.0)
+                    at(out, places(reached, layers)).addcmul_(at(change, there), at(weight, there), value=sign)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import product
 from typing import Any
 
 import pytest
@@ -12,8 +11,7 @@ from torch import Tensor
 import carma_kernels
 import csrc_ref
 from carma_kernels import PairIndex, TokenSpans
-from carma_kernels.eager.layers import layers_at_once, runs
-from carma_kernels.eager.mi import ContrastiveMI
+from carma_kernels.eager.layers import runs
 from tests.cases import MI_CASES, Backend, Batch, Case, list_pairs, make_batch, on_backends
 from tests.compare import assert_close_to_oracle, differentiate
 
@@ -54,23 +52,6 @@ def test_values_and_gradients(backend: Backend, case: Case) -> None:
     compare(backend, case)
 
 
-def test_the_cases_take_every_turn_of_the_torch_backend() -> None:
-    """Anchors in pieces, in one, in one with other layers'; hidden states as they lie and gathered."""
-    turns = set()
-    for case in MI_CASES:
-        batch = make_batch(case)
-        if case.negatives in ("sequence", "batch") and batch.spans.num_pairs:
-            table = batch.spans.contrast_table(case.negatives)
-            layer = torch.zeros(*batch.valid.shape, case.D)
-            arithmetic = ContrastiveMI(table, cosine=True, match_negatives=None)
-            in_pieces = len(list(arithmetic._tiles(layer.flatten(0, 1)[None]))) > 1
-            together = case.L > 1 and layers_at_once(layer, arithmetic.layers_at_once(layer)) > 1
-            assert not (in_pieces and together)
-            turns.add((case.negatives, table.covers_batch, in_pieces, together))
-    pieces = [(True, False), (False, False), (False, True)]
-    assert turns == {(*which, *how) for which in product(("sequence", "batch"), (True, False)) for how in pieces}
-
-
 @pytest.mark.parametrize(
     ("layers", "at_once", "expected"),
     [
@@ -82,3 +63,7 @@ def test_the_cases_take_every_turn_of_the_torch_backend() -> None:
 )
 def test_runs_of_layers(layers: tuple[int, ...], at_once: int, expected: list[range]) -> None:
     assert list(runs(layers, at_once)) == expected
+
+
+def test_runs_end_at_bounds() -> None:
+    assert list(runs(range(7), 3, bounds={0, 2, 9})) == [range(2), range(2, 5), range(5, 7)]
