@@ -39,6 +39,7 @@ class Operation(Generic[Problem]):
         kept: Sequence[int],
         backward: Callable[[Problem, Upstream, list[Tensor], list[bool], bool], tuple[list[Tensor], Tensor]],
         empty_backward: Callable[[Problem, list[bool]], tuple[list[Tensor], Tensor]],
+        forward_for_backward: Callable[[Problem], Results] | None = None,
     ) -> None:
         """Register the operators.
 
@@ -56,9 +57,11 @@ class Operation(Generic[Problem]):
                 of the hidden states need a gradient, and whether the temperature does: the gradients of those hidden
                 states, and `-tau` times that of the temperature.
             empty_backward: the same, empty.
+            forward_for_backward: `forward` where autograd will ask for the gradient at once; it may keep more for it.
         """
         self.name, self.function, self.problem, self.num_outputs, self.kept = name, function, problem, num_outputs, kept
         self.compute, self.differentiate = forward, backward
+        self.compute_for_backward = forward_for_backward or forward
         tensors = ", ".join(["Tensor"] * num_results)
         returned = "Tensor" if num_results == 1 else f"({tensors})"
         arriving = ", ".join(f"Tensor? grad_{output}" for output in range(num_outputs))
@@ -201,7 +204,7 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, operation: Operation[Any], asked: Any, *_: Tensor | None) -> Results:
-        results = operation.compute(asked)
+        results = operation.compute_for_backward(asked)
         _save(ctx, operation, asked, results)
         return results[: operation.num_outputs]
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from carma_kernels._autograd import carma_operation
@@ -116,7 +115,7 @@ class _Saved(NamedTuple):
 
     inverse_norm: Tensor  # [L, N] of the MI layers
     log_negatives: Tensor  # [L, S, A]
-    scores: Tensor  # [_num_kept, S, A, V] of the first of them
+    scores: Tensor  # [l, S, A, V] of the first l of them, of none by default
     scale: Tensor  # [L-1] of the stability term
 
     def kept(self, some: slice) -> Tensor | None:
@@ -125,25 +124,32 @@ class _Saved(NamedTuple):
 
 
 _KEPT = 4
-"""On a CPU, similarities are kept that take up to one part in so many of the memory of the hidden states."""
+"""On a CPU, similarities are kept that take up to one part in so many of the memory of the MI term's layers."""
+
+
+def _forward_for_backward(problem: _Problem) -> tuple[Tensor, ...]:
+    """The same, with what spares an autograd backward a quarter of its products."""
+    return _forward(problem, _num_kept(problem))
 
 
 def _num_kept(problem: _Problem) -> int:
-    """Of how many layers the similarities are kept: multiplying again is a quarter of the work on long sequences."""
+    """Of how many layers the similarities are kept."""
     layer = problem.layers[0]
-    if launches_cost(layer.device) or len(problem.pairs) == _LISTED:
+    if launches_cost(layer.device) or len(problem.pairs) <= _LISTED or not all(h.requires_grad for h in problem.hidden):
         return 0
     S, V, A = Comparisons(*problem.pairs).sizes
     size = max(1, S * V * A)
     if size > tile_size(layer.numel(), layer.device):
         return 0
-    room = len(problem.layers) * layer.numel() * layer.dtype.itemsize // (_KEPT * compute_dtype(layer.dtype).itemsize)
-    return torch.sym_min(len(problem.mi_layers), room // size)  # type: ignore[no-any-return]
+    room = len(problem.mi_layers) * layer.nbytes // (_KEPT * compute_dtype(layer.dtype).itemsize)
+    return min(len(problem.mi_layers), room // size)
 
 
-def _forward(problem: _Problem) -> tuple[Tensor, ...]:
-    """`Terms`, and what is saved."""
+def _forward(problem: _Problem, num_kept: int = 0) -> tuple[Tensor, ...]:
+    """`Terms`, and what is saved; the similarities of so many of the MI layers."""
     sums, losses, saved = _empty_results(problem)
+    if num_kept:
+        saved = saved._replace(scores=saved.scores.new_empty(num_kept, *saved.scores.shape[1:]))
     mi_layers, stability_layers = problem.mi_layers, problem.stability_layers
     valid = problem.valid_rows
     arithmetic = problem.mi_arithmetic()
@@ -209,7 +215,7 @@ def _empty_results(problem: _Problem) -> tuple[Tensor, Tensor, _Saved]:
         _Saved(
             layer.new_empty((num_mi, layer.shape[0] * layer.shape[1]), dtype=dtype),
             layer.new_empty((num_mi, S, A), dtype=dtype),
-            layer.new_empty((_num_kept(problem) if num_mi and S else 0, S, A, V), dtype=dtype),
+            layer.new_empty((0, S, A, V), dtype=dtype),
             layer.new_empty(num_steps, dtype=dtype),
         ),
     )
@@ -288,6 +294,7 @@ _operation = carma_operation(
     _Problem,
     len(_Saved._fields),
     forward=_forward,
+    forward_for_backward=_forward_for_backward,
     empty=_empty,
     backward=_backward,
     empty_backward=_empty_backward,

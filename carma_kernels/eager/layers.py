@@ -76,7 +76,7 @@ class Receivers:
         """Take what was summed up there, as far as it is needed."""
         place = self._place(layers)
         if place is None:
-            sums = room.view(len(layers), *self._like.shape).unbind(0)
+            sums = room.view(len(layers), *self._like.shape[-3:]).unbind(0)
             needed = [layer for layer in layers if layer in self]
             if needed:
                 to = [self._of_layer[layer] for layer in needed]
