@@ -122,7 +122,7 @@ class LayerRows:
         """Some layers `[l, N, D]`; `steps` says which of their `changes` will be asked for."""
         if len(layers) == 1:
             return self._single_layer(layers.start)
-        return self._read_together(layers, steps)[places(layers, _with_neighbours(layers, steps))]
+        return at(self._read_together(layers, steps), places(layers, _with_neighbours(layers, steps)))
 
     def changes(self, layers: range, steps: range) -> list[Steps]:
         """The steps asked for, each of which starts or ends at one of the layers; good until the next call but one."""
@@ -131,7 +131,7 @@ class LayerRows:
         if not steps:
             return []
         read = _with_neighbours(layers, steps)
-        reached = self._read_together(layers, steps)[places(range(steps.start, steps.stop + 1), read)]
+        reached = at(self._read_together(layers, steps), places(range(steps.start, steps.stop + 1), read))
         if reached.dtype == self._compute_dtype:
             return [Steps(steps, reached[1:] - reached[:-1])]
         return [Steps(steps, reached[1:].to(self._compute_dtype).sub_(reached[:-1]))]

@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from carma_kernels.eager.layers import (
     add_products,
@@ -53,17 +54,38 @@ class Comparisons(NamedTuple):
     anchor_key: Tensor  # [S, A] int64, the anchor among the S*V keys
     positive_slot: Tensor  # [S, A, M] int64, among the group's keys; the anchor's own where it has fewer positives
     is_positive: Tensor  # [S, A, M] fp32, 1 or 0
+    bias: Tensor  # [S, A, V] fp32, as in a tile of all anchors; [S, A, 0] where it is made with the tile
 
     @classmethod
     def of(cls, table: ContrastTable) -> Comparisons:
-        """Work out where everything lies, once for the forward and the backward."""
+        """Work out where everything lies: once, however often the same words are asked for."""
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+            return cls._made(table, table.key_word.new_empty((*table.anchor_word.shape, 0), dtype=torch.float32))
+        found = _MADE.get(table.key_token)
+        if found is None:
+            S, V = table.key_token.shape
+            A = table.anchor_word.shape[1]
+            is_small = S * A * V <= _SMALL_BIAS
+            bias = _bias(table, slice(0, A) if is_small else slice(0, 0), torch.float32)
+            made = cls._made(table, bias if is_small else bias.new_empty(S, A, 0))
+            found = _MADE[table.key_token] = made[3:]  # not the key itself, which would keep it alive
+        return cls(table.key_token, table.key_word, table.anchor_word, *found)
+
+    @classmethod
+    def _made(cls, table: ContrastTable, bias: Tensor) -> Comparisons:
         S, V = table.key_token.shape
         slot = table.anchor_slot.long()  # [S, A]
         first_key = V * torch.arange(S, device=slot.device)[:, None]  # [S, 1]
         is_positive = table.distance <= table.num_positives[:, :, None]  # [S, A, M]
         positive_slot = slot[:, :, None] + table.distance * is_positive
         return cls(
-            table.key_token, table.key_word, table.anchor_word, slot + first_key, positive_slot, is_positive.float()
+            table.key_token,
+            table.key_word,
+            table.anchor_word,
+            slot + first_key,
+            positive_slot,
+            is_positive.float(),
+            bias,
         )
 
     @property
@@ -72,12 +94,28 @@ class Comparisons(NamedTuple):
         return (*self.key_token.shape, self.anchor_word.shape[1])
 
 
+_SMALL_BIAS = 1 << 18
+_MADE = WeakTensorKeyDictionary()
+"""Of the key tokens of a contrast table, what else is in `Comparisons`."""
+
+
+def _bias(table: ContrastTable | Comparisons, anchors: slice, dtype: torch.dtype) -> Tensor:
+    """`[S, a, V]`: 0 for a negative; for a token of the anchor's word or no key so low that nothing is left of it."""
+    return _is_none(table, anchors).to(dtype).mul_(torch.finfo(torch.float32).min / 4)
+
+
+def _is_none(table: ContrastTable | Comparisons, anchors: slice) -> Tensor:
+    """`[S, a, V]`: no negative, of the anchor's word or no key."""
+    key_word = table.key_word[:, None]  # [S, 1, V]
+    return (table.anchor_word[:, anchors, None] == key_word) | (key_word == NO_WORD)
+
+
 class _Tile(NamedTuple):
     """Some anchors of every group against all their keys."""
 
     anchors: slice
     anchor_key: Tensor  # [S*a] the anchor among the S*V keys
-    bias: Tensor  # [S, a, V] 0 for a negative; for a token of the anchor's word or no key so low that nothing is left
+    bias: Tensor  # [S, a, V], see `_bias`
     positive_slot: Tensor  # [S, a, M] the anchor's own where it has fewer positives
     is_positive: Tensor  # [S, a, M] 1 or 0
     matched: Tensor | None  # [S, a, 1] what match_negatives adds to z
@@ -149,23 +187,22 @@ class ContrastiveMI:
 
     def _tile(self, anchors: slice, dtype: torch.dtype) -> _Tile:
         table, dtype = self.table, compute_dtype(dtype)
-        key_word = table.key_word[:, None]  # [S, 1, V]
-        is_none = table.anchor_word[:, anchors, None] == key_word  # [S, a, V]
-        if not self.covers_batch:
-            is_none |= key_word == NO_WORD
+        V, A = self.sizes[1:]
+        made = dtype == torch.float32 and table.bias.shape[2] == V and anchors == slice(0, A)
         return _Tile(
             anchors,
             table.anchor_key[:, anchors].reshape(-1),
-            is_none.to(dtype).mul_(torch.finfo(dtype).min / 4),
+            table.bias if made else _bias(table, anchors, dtype),
             table.positive_slot[:, anchors],
             table.is_positive[:, anchors].to(dtype),
-            self._matched(is_none, dtype),
+            self._matched(anchors, dtype),
         )
 
-    def _matched(self, is_none: Tensor, dtype: torch.dtype) -> Tensor | None:
+    def _matched(self, anchors: slice, dtype: torch.dtype) -> Tensor | None:
         """`log(k / number of negatives)`; without negatives z stays next to the logarithm of nothing."""
         if self._match_negatives is None:
             return None
+        is_none = _is_none(self.table, anchors)
         number = is_none.shape[-1] - is_none.sum(-1, keepdim=True, dtype=dtype)  # [S, a, 1]
         return math.log(self._match_negatives) - number.clamp_min_(1).log_()
 

@@ -16,7 +16,9 @@ from torch import Tensor
 import carma_kernels as ck
 from carma_kernels.eager import carma, layers, mi
 from tests.cases import FP32, MI_CASES, STABILITY_CASES, TORCH, Case, make_batch
-from tests.ops import test_carma, test_mi, test_stability
+from tests.ops import test_carma
+from tests.ops import test_mi as test_mi_loss
+from tests.ops import test_stability as test_stability_loss
 
 NOTHING = sys.maxsize
 WAYS: dict[str, dict[Any, dict[str, int]]] = {
@@ -36,6 +38,9 @@ WAYS: dict[str, dict[Any, dict[str, int]]] = {
 }
 
 
+BY_LAYER = [way for way in WAYS if "layer by layer" in way or way == "anchors in pieces"]
+
+
 @pytest.fixture(params=WAYS)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     for module, sizes in WAYS[request.param].items():
@@ -50,21 +55,25 @@ def each_once(cases: list[Case]) -> list[Case]:
 
 
 @pytest.mark.usefixtures("way")
-class TestTheSameResults:
-    @pytest.mark.parametrize("case", each_once(MI_CASES), ids=str)
-    def test_mi(self, case: Case) -> None:
-        test_mi.compare(TORCH, case)
+@pytest.mark.parametrize("way", list(WAYS)[1:], indirect=True)
+@pytest.mark.parametrize("case", each_once(MI_CASES), ids=str)
+def test_mi(case: Case) -> None:
+    test_mi_loss.compare(TORCH, case)
 
-    @pytest.mark.parametrize("case", each_once(STABILITY_CASES), ids=str)
-    def test_stability(self, case: Case) -> None:
-        test_stability.test_values_and_gradients(TORCH, case)
 
-    @pytest.mark.parametrize(("mi_layers", "stability_layers"), test_carma.RANGES)
-    @pytest.mark.parametrize("case", each_once(test_carma.CASES), ids=str)
-    def test_carma(
-        self, case: Case, mi_layers: tuple[int, int] | None, stability_layers: tuple[int, int] | None
-    ) -> None:
-        test_carma.test_values_and_gradients(TORCH, case, mi_layers, stability_layers)
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("way", ["layer by layer"], indirect=True)
+@pytest.mark.parametrize("case", each_once(STABILITY_CASES), ids=str)
+def test_stability(case: Case) -> None:
+    test_stability_loss.test_values_and_gradients(TORCH, case)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("way", BY_LAYER, indirect=True)
+@pytest.mark.parametrize(("mi_layers", "stability_layers"), test_carma.RANGES)
+@pytest.mark.parametrize("case", each_once(test_carma.CASES), ids=str)
+def test_both(case: Case, mi_layers: tuple[int, int] | None, stability_layers: tuple[int, int] | None) -> None:
+    test_carma.test_values_and_gradients(TORCH, case, mi_layers, stability_layers)
 
 
 TAKEN = {

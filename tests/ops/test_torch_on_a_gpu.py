@@ -100,8 +100,8 @@ def test_launches(spans: ck.TokenSpans, negatives: str, dtype: torch.dtype) -> N
     table = spans.contrast_table(negatives)
     mask = spans.attention_mask if spans.is_padded else None
     paper = sum(launches(12, table, mask, dtype))
-    assert paper <= 240
-    assert sum(launches(24, table, mask, dtype)) - paper <= 90
+    assert paper <= 200
+    assert sum(launches(24, table, mask, dtype)) - paper <= 80
 
 
 @pytest.mark.usefixtures("products_of_halves")
@@ -110,8 +110,8 @@ def test_launches_of_many_anchors(dtype: torch.dtype) -> None:
     """Almost every token against the whole batch: the tiles of a few layers fill the workspace."""
     table = DENSE.contrast_table("batch")
     paper = sum(launches(12, table, DENSE.attention_mask, dtype))
-    assert paper <= 300
-    assert sum(launches(24, table, DENSE.attention_mask, dtype)) - paper <= 220
+    assert paper <= 210
+    assert sum(launches(24, table, DENSE.attention_mask, dtype)) - paper <= 160
 
 
 @pytest.mark.usefixtures("products_of_halves")
@@ -121,8 +121,8 @@ def test_launches_of_listed_pairs(by_layer: bool, dtype: torch.dtype) -> None:
     spans = SPANS["covering"]
     pairs = {L: spans.sample_pairs(5, num_layers=L if by_layer else None) for L in (12, 24)}
     paper = sum(launches(12, pairs[12], None, dtype))
-    assert paper <= 330
-    assert sum(launches(24, pairs[24], None, dtype)) - paper <= 290
+    assert paper <= 310
+    assert sum(launches(24, pairs[24], None, dtype)) - paper <= 270
 
 
 @pytest.fixture(params=[1 << 25, 9000, 2500], ids=["all layers", "two layers", "one layer"])
