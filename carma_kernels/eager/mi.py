@@ -58,17 +58,20 @@ class Comparisons(NamedTuple):
 
     @classmethod
     def of(cls, table: ContrastTable) -> Comparisons:
-        """Work out where everything lies: once, however often the same words are asked for."""
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-            return cls._made(table, table.key_word.new_empty((*table.anchor_word.shape, 0), dtype=torch.float32))
+        """Work out where everything lies; on a CPU once, however often the same words are asked for.
+
+        Not on another device, where a stream or a graph's capture may not have come to it when it is used again.
+        """
+        S, V, A = *table.key_token.shape, table.anchor_word.shape[1]
+        is_watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+        if is_watched or launches_cost(table.key_token.device):
+            return cls._made(table, table.key_word.new_empty((S, A, 0), dtype=torch.float32))
         found = _MADE.get(table.key_token)
         if found is None:
-            S, V = table.key_token.shape
-            A = table.anchor_word.shape[1]
-            is_small = S * A * V <= _SMALL_BIAS
-            bias = _bias(table, slice(0, A) if is_small else slice(0, 0), torch.float32)
-            made = cls._made(table, bias if is_small else bias.new_empty(S, A, 0))
-            found = _MADE[table.key_token] = made[3:]  # not the key itself, which would keep it alive
+            with torch.inference_mode(False):  # a backward may need them later
+                is_small = S * A * V <= _SMALL_BIAS
+                bias = _bias(table, slice(0, A), torch.float32) if is_small else torch.empty(S, A, 0)
+                found = _MADE[table.key_token] = cls._made(table, bias)[3:]  # the key would keep itself alive
         return cls(table.key_token, table.key_word, table.anchor_word, *found)
 
     @classmethod
@@ -95,8 +98,9 @@ class Comparisons(NamedTuple):
 
 
 _SMALL_BIAS = 1 << 18
+"""Numbers: 1 MB for as long as the words are there."""
 _MADE = WeakTensorKeyDictionary()
-"""Of the key tokens of a contrast table, what else is in `Comparisons`."""
+"""By the key tokens of a contrast table, what `Comparisons` has beside the table."""
 
 
 def _bias(table: ContrastTable | Comparisons, anchors: slice, dtype: torch.dtype) -> Tensor:
@@ -246,10 +250,10 @@ class ContrastRun:
 
     def forward(self, inverse_norm: Tensor) -> tuple[Tensor, Tensor]:
         """`z_i` `[l, S, A]`, and sums `[l]` of the pairs' losses over each layer, whose inverse norms are `[l, N]`."""
-        key_scale = self._term.key_scale(inverse_norm)
+        self._key_scale = self._term.key_scale(inverse_norm)  # [l, S, 1, V]
         log_negatives, losses = [], []
         for tile in self._term.tiles(self._layer):
-            score = self._score(tile, key_scale)
+            score = self._score(tile)
             positive = self._positives(score, tile)
             biased = score.add_(tile.bias) if self._kept is None else score + tile.bias
             top = biased.amax(-1)
@@ -336,13 +340,12 @@ class ContrastRun:
         out = None if out is None else out.flatten(0, 1)
         return products(_groups(anchors, S), _groups(keys, S), out).view(len(keys), S, -1, V)
 
-    def _score(self, tile: _Tile, key_scale: Tensor) -> Tensor:
+    def _score(self, tile: _Tile) -> Tensor:
         """`s_ij` `[l, S, a, V]`."""
         if not self._one_tile:
             assert self._rows is not None
             self._scores = self._multiply(self._term.keys(self._rows), tile, None)
         assert self._scores is not None
-        self._key_scale = key_scale
         return self._scaled(self._scores, tile)
 
     def _scaled(self, weight: Tensor, tile: _Tile) -> Tensor:

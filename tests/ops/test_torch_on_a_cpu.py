@@ -6,6 +6,7 @@ similarities kept for the backward. The others are taken here by moving the size
 
 from __future__ import annotations
 
+import gc
 import sys
 from typing import Any
 
@@ -121,3 +122,28 @@ def test_each_way_is_taken(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if "together" in taken and number_of_products > 10:
         taken.add("many products")
     assert taken == TAKEN[way]
+
+
+def test_what_is_made_of_words_serves_later_calls() -> None:
+    """Also where nobody could have asked for a gradient the first time."""
+    batch = make_batch(Case(dtype=FP32))
+    hidden = batch.hidden.float()
+    with torch.inference_mode():
+        first = ck.mi_loss(hidden, batch.spans, backend="torch")
+    loss = ck.mi_loss(hidden.requires_grad_(), batch.spans, backend="torch")
+    loss.backward()
+    assert loss.equal(first.clone())
+    assert hidden.grad is not None
+    assert hidden.grad.isfinite().all()
+
+
+def test_what_is_made_of_words_goes_with_them() -> None:
+    gc.collect()
+    before = len(mi._MADE)
+    batch = make_batch(Case(dtype=FP32))
+    for _ in range(2):
+        ck.mi_loss(batch.hidden.float(), batch.spans, backend="torch")
+    assert len(mi._MADE) == before + 1
+    del batch
+    gc.collect()
+    assert len(mi._MADE) == before
