@@ -108,6 +108,33 @@ def mask_array(attention_mask: Any, shape: tuple[int, ...]) -> np.ndarray:
 
 def span_arrays(spans: Sequence[Sequence[tuple[int, int]]], seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Sequence, start and end of every span, `[W]` each, checked."""
+    bounds = _bounds_of_lists(spans)
+    if bounds is None:  # anything else that is as good, or an error to be named
+        _check_spans(spans)
+        bounds = np.array(list(chain.from_iterable(spans)), dtype=np.int64).reshape(-1, 2)
+    sequence = np.repeat(np.arange(len(spans)), [len(row) for row in spans]).astype(np.int64)
+    start, end = bounds[:, 0], bounds[:, 1]
+    if (wrong := (start < 0) | (end > seq_len) | (start >= end)).any():
+        at = int(wrong.argmax())
+        raise ValueError(
+            f"spans[{sequence[at]}] holds ({start[at]}, {end[at]}); a word is a half-open token range with "
+            f"0 <= start < end <= seq_len = {seq_len}. Drop empty words and cut words where the text was truncated."
+        )
+    return sequence, start, end
+
+
+def _bounds_of_lists(spans: Sequence[Any]) -> np.ndarray | None:
+    """`[W, 2]` of lists of pairs of Python's own ints, without a step of Python for each; None of others."""
+    if not {list, tuple}.issuperset(map(type, spans)):
+        return None
+    pairs = list(chain.from_iterable(spans))
+    if not {list, tuple}.issuperset(map(type, pairs)) or not {2}.issuperset(map(len, pairs)):
+        return None
+    numbers = list(chain.from_iterable(pairs))
+    return np.array(numbers, dtype=np.int64).reshape(-1, 2) if {int}.issuperset(map(type, numbers)) else None
+
+
+def _check_spans(spans: Sequence[Any]) -> None:
     for b, row in enumerate(spans):
         if not _is_list(row):
             raise TypeError(f"spans[{b}] must be the list of one sequence's (start, end) words, got {row!r}.")
@@ -117,16 +144,6 @@ def span_arrays(spans: Sequence[Sequence[tuple[int, int]]], seq_len: int) -> tup
                     f"spans[{b}] must hold (start, end) pairs of ints, got {span!r}. spans is a list with one list of "
                     "words for each sequence; for a single sequence pass [words]."
                 )
-    sequence = np.repeat(np.arange(len(spans)), [len(row) for row in spans]).astype(np.int64)
-    bounds = np.array(list(chain.from_iterable(spans)), dtype=np.int64).reshape(-1, 2)
-    start, end = bounds[:, 0], bounds[:, 1]
-    if (wrong := (start < 0) | (end > seq_len) | (start >= end)).any():
-        at = int(wrong.argmax())
-        raise ValueError(
-            f"spans[{sequence[at]}] holds ({start[at]}, {end[at]}); a word is a half-open token range with "
-            f"0 <= start < end <= seq_len = {seq_len}. Drop empty words and cut words where the text was truncated."
-        )
-    return sequence, start, end
 
 
 def sequence_numbers(index: Any, B: int) -> np.ndarray:

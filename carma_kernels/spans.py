@@ -19,6 +19,7 @@ from torch import Tensor
 
 from carma_kernels._encodings import FastEncoding, words_of
 from carma_kernels._ranks import RankTable, anchor_numbers, rank_tables
+from carma_kernels._sampling import pairs_with_negatives
 from carma_kernels._span_inputs import NO_WORD as NO_WORD
 from carma_kernels._span_inputs import (
     check_input_ids,
@@ -31,7 +32,7 @@ from carma_kernels._span_inputs import (
 )
 from carma_kernels._tables import ContrastTable as ContrastTable
 from carma_kernels._tables import Layout, as_numbers, concatenate, contrast_tables
-from carma_kernels.pairs import NO_TOKEN, PairIndex
+from carma_kernels.pairs import PairIndex
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -404,46 +405,12 @@ class TokenSpans:
                 f"generator is on {generator.device}, the spans on {self.device}: sample before .to(), or make the "
                 f"generator with torch.Generator({self.device.type!r})."
             )
-        T = self.shape[1]
-        anchor, positive, start, length = (column.to(self.device) for column in self._pair_columns())  # [P] each
-        seen = self.attention_mask.reshape(-1).cumsum(0)  # [B*T] valid tokens up to and including this one
-        seen_before = torch.nn.functional.pad(seen, (1, 0))  # [B*T+1]
-        sequence_start = anchor // T * T  # [P]
-        valid_before_sequence = seen_before[sequence_start]  # [P]
-        valid_before_word = seen_before[start] - valid_before_sequence  # [P]
-        num_negatives = seen_before[sequence_start + T] - valid_before_sequence - length  # [P]
-
-        layers = () if num_layers is None else (num_layers,)
-        drawn = torch.randint(2**53, (*layers, len(anchor), k), generator=generator, device=self.device)
-        outside = (
-            drawn % num_negatives.clamp_min(1)[:, None]
-        )  # [(L,) P, K] rank among the valid tokens outside the word
-        inside = outside >= valid_before_word[:, None]
-        rank = outside + torch.where(inside, length[:, None], 0) + valid_before_sequence[:, None]  # among all valid
-        token = torch.searchsorted(seen, rank + 1)  # the first token that is the (rank + 1)-th valid one
-        negatives = torch.where(num_negatives[:, None] > 0, token, NO_TOKEN)
+        size = (-1, k) if num_layers is None else (num_layers, -1, k)
+        valid_tokens = self._view("batch_key_token").view(-1)
+        spans = self._host_view("spans").numpy()  # [W, 3]
+        anchor, positive, negatives = pairs_with_negatives(spans, self._host_mask(), valid_tokens, size, generator)
         mask = self.attention_mask.clone()  # a view would take all tables into a file
-        return PairIndex(anchor.int(), positive.int(), negatives.int(), self.shape, mask)
-
-    def _pair_columns(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Anchor, positive, first token of the word (all flat) and length of the word, `[P]` each, on the host."""
-        spans = self._host_view("spans").numpy().astype(np.int64)  # [W, 3]
-        length = spans[:, 2] - spans[:, 1]
-        first = spans[:, 0] * self.shape[1] + spans[:, 1]  # [W] flat
-        word = np.repeat(np.arange(len(spans)), length * (length - 1) // 2)  # [P]
-        # anchors of a word of n tokens: the i-th one has n - 1 - i positives
-        anchor_word = np.repeat(np.arange(len(spans)), length)  # [sum of lengths]
-        anchor_place = np.arange(len(anchor_word)) - np.repeat(np.cumsum(length) - length, length)
-        num_positives = np.repeat(length, length) - 1 - anchor_place
-        place = np.repeat(anchor_place, num_positives)  # [P] the anchor's place in its word
-        offset = np.arange(len(place)) - np.repeat(np.cumsum(num_positives) - num_positives, num_positives)
-        anchor = first[word] + place
-        return (
-            torch.from_numpy(anchor),
-            torch.from_numpy(anchor + 1 + offset),
-            torch.from_numpy(first[word]),
-            torch.from_numpy(length[word]),
-        )
+        return PairIndex(anchor, positive, negatives, self.shape, mask)
 
     def _word_ids(self) -> np.ndarray:
         """`[B, T]` int32, as `from_word_ids` takes them: a number for each word, -1 for a token in none."""

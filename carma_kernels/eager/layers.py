@@ -199,7 +199,7 @@ def tile_size(layer_size: int, device: torch.device) -> int:
     """Numbers at most in a tile of similarities, of one layer of so many numbers or of some."""
     if launches_cost(device):  # half of what is taken together, if that is more than a quarter of a layer
         return max(layer_size // 4, _launched_on() // 2)
-    return max(layer_size // 2, _TILE_ON_CPU)
+    return max(layer_size, _TILE_ON_CPU)
 
 
 def gathered_size(rows: Tensor) -> int:

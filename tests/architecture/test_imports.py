@@ -27,7 +27,8 @@ ROOMS = {
     "_span_inputs": Room(set(), {"numpy", "torch"}),
     "_tables": Room({"_ranks", "_span_inputs"}, {"numpy", "torch"}),
     "pairs": Room(set(), {"torch"}),
-    "spans": Room({"_encodings", "_ranks", "_span_inputs", "_tables", "pairs"}, {"numpy", "torch"}),
+    "_sampling": Room({"pairs"}, {"numpy", "torch"}),
+    "spans": Room({"_encodings", "_ranks", "_sampling", "_span_inputs", "_tables", "pairs"}, {"numpy", "torch"}),
     # what the ranks of a process group have together
     "distributed": Room({"pairs", "spans"}, {"numpy", "torch"}),
     # the backends

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import carma_kernels as ck
-from carma_kernels.eager import layers
+from carma_kernels.eager import layers, mi
 from carma_kernels.measure import peak_memory
 from tests.cases import BACKENDS, BF16, FP32, Backend
 
@@ -27,6 +27,7 @@ def no_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the torch backend, whatever the batch: 4 MB on a CPU, on a GPU what tests/ops/test_torch_on_a_gpu.py holds."""
     for name in ("_WORKSPACE", "_TILE_ON_CPU", "_AT_ONCE_ON_CPU"):
         monkeypatch.setattr(layers, name, 0)
+    monkeypatch.setattr(mi, "_SMALL_BIAS", 0)
 
 
 def dense(B: int, T: int) -> ck.TokenSpans:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from carma_kernels import TokenSpans
+from carma_kernels import TokenSpans, _span_inputs
 from tests.spans.batches import EXAMPLE, EXAMPLE_WORDS, Batch, batches
 
 AS_NUMBERS = [[-1 if word is None else word for word in row] for row in EXAMPLE.ids]
@@ -74,6 +74,20 @@ def test_masks(mask):
 )
 def test_from_lists(words):
     assert_is_example(TokenSpans.from_lists(words, seq_len=6, attention_mask=EXAMPLE.valid))
+
+
+def test_lists_of_ints_take_no_step_of_python_for_each_span(monkeypatch: pytest.MonkeyPatch):
+    """A batch has tens of thousands: that took fifteen times as long as word ids."""
+
+    def refuse(_: object) -> None:
+        raise AssertionError("looked at one by one")
+
+    monkeypatch.setattr(_span_inputs, "_check_spans", refuse)
+    for spans in (EXAMPLE_WORDS, tuple(map(tuple, EXAMPLE_WORDS)), [list(map(list, row)) for row in EXAMPLE_WORDS]):
+        assert_is_example(TokenSpans.from_lists(spans, seq_len=6, attention_mask=EXAMPLE.valid))
+    for others in ([[(True, 2)]], [[(0, np.int64(2))]], [np.array([[0, 2]])], [[(0, 1, 2)]]):
+        with pytest.raises(AssertionError, match="one by one"):
+            TokenSpans.from_lists(others, seq_len=6)
 
 
 @pytest.mark.parametrize("integer", [int, np.int64, np.uint8])

@@ -112,6 +112,14 @@ def test_a_word_that_covers_its_sequence_has_nothing_to_draw():
     assert spans.sample_pairs(3, generator()).negatives.tolist() == [[-1, -1, -1], [5, 5, 5]]
 
 
+def test_nor_has_the_last_word_of_the_batch():
+    """There is no token after it, whose number a rank beyond the last could be taken for."""
+    spans = TokenSpans.from_lists([[(0, 2)], [(0, 3)]], seq_len=3)
+    anchors, negatives = spans.sample_pairs(2, generator()).anchor, spans.sample_pairs(2, generator()).negatives
+    assert anchors.tolist() == [0, 3, 3, 4]
+    assert negatives.tolist() == [[2, 2], [-1, -1], [-1, -1], [-1, -1]]
+
+
 def test_the_spans_are_left_alone():
     spans = EXAMPLE.spans
     word = spans.word.clone()
