@@ -123,7 +123,7 @@ class _Saved(NamedTuple):
         return at(self.scores, some) if some.stop <= len(self.scores) else None
 
 
-_KEPT = 4
+_KEPT = 2
 """On a CPU, similarities are kept that take up to one part in so many of the memory of the MI term's layers."""
 
 

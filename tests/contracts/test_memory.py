@@ -64,8 +64,8 @@ NAMES = ["sequence", "batch", "listed", "stability", "stability, masked", "carma
 
 
 def room_for_similarities(name: str, hidden: Tensor) -> float:
-    """On a CPU they are kept for the backward where they take up to a quarter of the hidden states' memory."""
-    return hidden.nbytes / 4 if hidden.device.type == "cpu" and name in ("sequence", "batch", "carma") else 0
+    """On a CPU they are kept for the backward where they take up to half of the hidden states' memory."""
+    return hidden.nbytes / 2 if hidden.device.type == "cpu" and name in ("sequence", "batch", "carma") else 0
 
 
 def states(shape: tuple[int, ...], backend: Backend) -> Tensor:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from carma_kernels import TokenSpans
 from carma_kernels.integrations.transformers import CarmaCollator
-from carma_kernels.integrations.transformers.spelling import UnknownWordsError
+from carma_kernels.integrations.transformers.spelling import Spelling, UnknownWordsError
 from carma_kernels.integrations.transformers.words import WordReader
 from tests.integration.trainer.kinds_of_tokenizers import KINDS, of_kind
 from tests.integration.trainer.toys import texts
@@ -188,3 +188,23 @@ def test_tokens_that_are_not_of_a_text() -> None:
     assert WordReader(tokenizer)(byte) == [0, 1, 2]
     with pytest.raises(UnknownWordsError, match="not those of a text"):
         WordReader(tokenizer)(broken)
+
+
+def test_reading_takes_time_in_proportion_to_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoding every beginning of a text, as was done once, took 376 ms for 2048 tokens."""
+    split, characters = Spelling._words, 0
+
+    def counted(self: Spelling, text: Any, before: str, after: str) -> Any:
+        nonlocal characters
+        characters += len(before + text.body + after)
+        return split(self, text, before, after)
+
+    monkeypatch.setattr(Spelling, "_words", counted)
+    tokenizer = of_kind("GPT-2")
+    ids = tokenizer(" ".join(ENGLISH * 100), add_special_tokens=False)["input_ids"]
+    spent = []
+    for T in (512, 1024, 2048):
+        characters = 0
+        WordReader(tokenizer)(ids[:T])
+        spent.append(characters)
+    assert 0 < spent[2] - spent[1] <= 2.1 * (spent[1] - spent[0])
