@@ -70,7 +70,8 @@ class Comparisons(NamedTuple):
         if found is None:
             with torch.inference_mode(False):  # a backward may need them later
                 is_small = S * A * V <= _SMALL_BIAS
-                bias = _bias(table, slice(0, A), torch.float32) if is_small else torch.empty(S, A, 0)
+                is_none = _is_none(table, slice(0, A), table.covers_batch) if is_small else torch.empty(S, A, 0)
+                bias = _bias(is_none, torch.float32)
                 found = _MADE[table.key_token] = cls._made(table, bias)[3:]  # the key would keep itself alive
         return cls(table.key_token, table.key_word, table.anchor_word, *found)
 
@@ -103,15 +104,16 @@ _MADE = WeakTensorKeyDictionary()
 """By the key tokens of a contrast table, what `Comparisons` has beside the table."""
 
 
-def _bias(table: ContrastTable | Comparisons, anchors: slice, dtype: torch.dtype) -> Tensor:
-    """`[S, a, V]`: 0 for a negative; for a token of the anchor's word or no key so low that nothing is left of it."""
-    return _is_none(table, anchors).to(dtype).mul_(torch.finfo(torch.float32).min / 4)
-
-
-def _is_none(table: ContrastTable | Comparisons, anchors: slice) -> Tensor:
+def _is_none(table: ContrastTable | Comparisons, anchors: slice, covers_batch: bool) -> Tensor:
     """`[S, a, V]`: no negative, of the anchor's word or no key."""
     key_word = table.key_word[:, None]  # [S, 1, V]
-    return (table.anchor_word[:, anchors, None] == key_word) | (key_word == NO_WORD)
+    is_none = table.anchor_word[:, anchors, None] == key_word
+    return is_none if covers_batch else is_none.logical_or_(key_word == NO_WORD)
+
+
+def _bias(is_none: Tensor, dtype: torch.dtype) -> Tensor:
+    """`[S, a, V]`: 0 for a negative, and for what is none so low that nothing is left of it."""
+    return is_none.to(dtype).mul_(torch.finfo(torch.float32).min / 4)
 
 
 class _Tile(NamedTuple):
@@ -192,21 +194,22 @@ class ContrastiveMI:
     def _tile(self, anchors: slice, dtype: torch.dtype) -> _Tile:
         table, dtype = self.table, compute_dtype(dtype)
         V, A = self.sizes[1:]
-        made = dtype == torch.float32 and table.bias.shape[2] == V and anchors == slice(0, A)
+        is_made = dtype == torch.float32 and table.bias.shape[2] == V and anchors == slice(0, A)
+        needs_none = not is_made or self._match_negatives is not None
+        is_none = _is_none(table, anchors, self.covers_batch) if needs_none else None
         return _Tile(
             anchors,
             table.anchor_key[:, anchors].reshape(-1),
-            table.bias if made else _bias(table, anchors, dtype),
+            table.bias if is_made or is_none is None else _bias(is_none, dtype),
             table.positive_slot[:, anchors],
             table.is_positive[:, anchors].to(dtype),
-            self._matched(anchors, dtype),
+            None if is_none is None else self._matched(is_none, dtype),
         )
 
-    def _matched(self, anchors: slice, dtype: torch.dtype) -> Tensor | None:
+    def _matched(self, is_none: Tensor, dtype: torch.dtype) -> Tensor | None:
         """`log(k / number of negatives)`; without negatives z stays next to the logarithm of nothing."""
         if self._match_negatives is None:
             return None
-        is_none = _is_none(self.table, anchors)
         number = is_none.shape[-1] - is_none.sum(-1, keepdim=True, dtype=dtype)  # [S, a, 1]
         return math.log(self._match_negatives) - number.clamp_min_(1).log_()
 
