@@ -104,8 +104,8 @@ class LayerRows:
     """The layers of hidden states `[L, B, T, D]`, or L times `[B, T, D]`, as rows `[l, N, D]`, `N = B*T`.
 
     In the compute dtype, but for halves that can be multiplied as they are. One contiguous layer of the right dtype, or
-    some that lie stacked, are a view; others are copied when they are read. What was made of the last two single
-    layers, or of the last ones that were read together, is kept, so that a walk over the layers makes each thing once.
+    some that lie stacked, are a view; others are copied when they are read. The last two single layers and the last
+    step between them are kept, or what was read together, so that a walk over the layers makes each thing once.
     """
 
     def __init__(self, hidden: Sequence[Tensor]) -> None:
@@ -115,7 +115,7 @@ class LayerRows:
         self._compute_dtype = compute_dtype(first.dtype)
         self._dtype = first.dtype if multiplies_halves(first.device) else self._compute_dtype
         self._single: dict[int, Tensor] = {}
-        self._change: dict[int, Tensor] = {}
+        self._change: tuple[int, Tensor] | None = None
         self._together: tuple[range, Tensor] | None = None
 
     def rows(self, layers: range, steps: range) -> Tensor:
@@ -124,17 +124,18 @@ class LayerRows:
             return self._single_layer(layers.start)
         return at(self._read_together(layers, steps), places(layers, _with_neighbours(layers, steps)))
 
-    def changes(self, layers: range, steps: range) -> list[Steps]:
-        """The steps asked for, each of which starts or ends at one of the layers; good until the next call but one."""
+    def changes(self, layers: range, steps: range) -> Iterator[Steps]:
+        """The steps asked for, which start or end at one of the layers; each is good until the next is asked for."""
         if len(layers) == 1:
-            return [Steps(range(step, step + 1), self._single_step(step)) for step in steps]
-        if not steps:
-            return []
-        read = _with_neighbours(layers, steps)
-        reached = at(self._read_together(layers, steps), places(range(steps.start, steps.stop + 1), read))
-        if reached.dtype == self._compute_dtype:
-            return [Steps(steps, reached[1:] - reached[:-1])]
-        return [Steps(steps, reached[1:].to(self._compute_dtype).sub_(reached[:-1]))]
+            for step in steps:
+                yield Steps(range(step, step + 1), self._single_step(step))
+        elif steps:
+            read = _with_neighbours(layers, steps)
+            reached = at(self._read_together(layers, steps), places(range(steps.start, steps.stop + 1), read))
+            if reached.dtype == self._compute_dtype:
+                yield Steps(steps, reached[1:] - reached[:-1])
+            else:
+                yield Steps(steps, reached[1:].to(self._compute_dtype).sub_(reached[:-1]))
 
     def _read_together(self, layers: range, steps: range) -> Tensor:
         read = _with_neighbours(layers, steps)
@@ -157,18 +158,16 @@ class LayerRows:
         return self._single[layer]
 
     def _single_step(self, step: int) -> Tensor:
-        if step not in self._change:
+        if self._change is None or self._change[0] != step:
             before, after = self._single_layer(step), self._single_layer(step + 1)
-            # two that take turns: new memory would be fetched anew, page by page
-            change = self._change.pop(min(self._change)) if len(self._change) > 1 else None
-            if change is None:
-                change = torch.empty(before.shape, dtype=self._compute_dtype, device=before.device)
+            # in the memory of the last: new memory would be fetched anew, page by page
+            change = self._change[1] if self._change else before.new_empty(before.shape, dtype=self._compute_dtype)
             if before.dtype == change.dtype:
                 torch.sub(after, before, out=change)
             else:
                 change.copy_(after).sub_(before)
-            self._change[step] = change
-        return self._change[step]
+            self._change = (step, change)
+        return self._change[1]
 
 
 def _with_neighbours(layers: range, steps: range) -> range:

@@ -12,6 +12,8 @@ weighted then: with the weights folded into coefficients of `h_{l-1}, h_l, h_{l+
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -61,7 +63,7 @@ class Stencil:
         """`[l, 1, 1]`: what of each of some layers itself is in its gradient."""
         return at(self._own, places(layers, self._layers))
 
-    def write(self, layers: range, rows: Tensor, changes: list[Steps], invalid: Tensor | None, out: Tensor) -> None:
+    def write(self, layers: range, rows: Tensor, changes: Iterable[Steps], invalid: Tensor | None, out: Tensor) -> None:
         """Write the gradients of some layers to `out` `[l, N, D]`.
 
         Args:
@@ -76,7 +78,7 @@ class Stencil:
         if invalid is not None:
             out.masked_fill_(invalid, 0.0)
 
-    def add_changes(self, layers: range, changes: list[Steps], out: Tensor) -> None:
+    def add_changes(self, layers: range, changes: Iterable[Steps], out: Tensor) -> None:
         """Of the gradients of some layers, to `out` `[l, N, D]`, what is not the layer `own`."""
         for some, change in changes:
             weight = at(self._step, places(some, self._layers))  # [m, 1, 1]
